@@ -1,0 +1,95 @@
+"""From a data set as it is distributed to the folder its reader wants."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from enfilade.data.files import write_bytes, write_image
+from enfilade.data.nyuv2 import MatFrame, open_mat, read_mat, read_splits
+from enfilade.errors import UserError
+from enfilade.labels import IGNORE, nyu894_to_40
+
+
+def prepare_nyuv2(
+    mat: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    splits: str | os.PathLike | None = None,
+    mapping: str | os.PathLike | None = None,
+    raw_depth: bool = False,
+    image: str = "jpg",
+) -> Path:
+    """Write the folder that `data.nyuv2.NYUv2` reads from the official nyu_depth_v2_labeled.mat; returns the folder.
+
+    Depth becomes 16-bit PNG in millimetres, labels 8-bit PNG (0 void, 1..40), colour JPEG of quality 95. The lists
+    train.txt and test.txt and dataset.json come last, so that a folder with them is complete. Run again after an
+    interruption, it goes on where it stopped.
+
+    Args:
+        mat: nyu_depth_v2_labeled.mat.
+        out: the folder to fill.
+        splits: the official splits.mat; default: beside `mat`.
+        mapping: the official classMapping40.mat; default: beside `mat`.
+        raw_depth: the sensor's depth, 0 where it saw none, instead of the in-painted one.
+        image: "jpg", or "png" for lossless colour (five times the space).
+
+    Raises FileNotFoundError for a missing file; `UserError` for a damaged or different .mat, for a folder that holds
+    other files, or that was prepared with other options.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    if image not in ("jpg", "png"):
+        raise UserError(f"image format {image!r} is not 'jpg' or 'png'")
+    mat, out = Path(mat), Path(out)
+    with open_mat(mat) as file:
+        count = len(file["images"])
+    train, test = read_splits(splits or mat.with_name("splits.mat"), count)
+    to40 = nyu894_to_40(mapping or mat.with_name("classMapping40.mat"))
+
+    _claim(out, {"depth": "mm", "depth_source": "raw" if raw_depth else "in-painted", "image": image, "void": "exact"})
+    missing = [i for i in sorted({*train, *test}) if not all(p.is_file() for p in _paths(out, i, image))]
+    frames = read_mat(mat, missing, raw=raw_depth)
+    progress = track(frames, f"nyuv2 -> {out}", len(missing), console=Console(stderr=True), disable=not missing)
+    for frame in progress:
+        _write(frame, _paths(out, frame.index, image), to40)
+
+    for name, indices in (("train", train), ("test", test)):
+        write_bytes(out / f"{name}.txt", "".join(f"{i:04d}\n" for i in indices).encode())
+    (out / _STARTED).replace(out / "dataset.json")
+    return out
+
+
+_STARTED = "dataset.json.started"
+
+
+def _claim(out: Path, options: dict[str, str]):
+    """Make the folder ours, or see that it is: files of other origin or options must not get mixed."""
+    marks = [out / name for name in ("dataset.json", _STARTED) if (out / name).is_file()]
+    if not marks and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not an empty folder: choose another one to write to")
+    for mark in marks:
+        if json.loads(mark.read_text()) != options:
+            raise UserError(f"{mark} tells of other options ({mark.read_text().strip()}): choose another folder")
+    for kind in ("rgb", "depth", "label40"):
+        (out / kind).mkdir(parents=True, exist_ok=True)
+    write_bytes(out / _STARTED, json.dumps(options, indent=1).encode() + b"\n")
+
+
+def _paths(out: Path, index: int, image: str) -> tuple[Path, Path, Path]:
+    name = f"{index:04d}"
+    return out / "rgb" / f"{name}.{image}", out / "depth" / f"{name}.png", out / "label40" / f"{name}.png"
+
+
+def _write(frame: MatFrame, paths: tuple[Path, Path, Path], to40: np.ndarray):
+    if frame.labels.max() > 894:
+        raise UserError(f"frame {frame.index} holds label {frame.labels.max()}, beyond the 894 of NYUv2")
+    rgb, depth, label = paths
+    write_image(rgb, frame.image)
+    # 0 stays "missing", a NaN becomes it; 65.5 m is beyond any indoor depth.
+    metres = np.nan_to_num(frame.depth, nan=0.0, posinf=0.0, neginf=0.0)
+    write_image(depth, np.clip(np.rint(metres * 1000), 0, 65535).astype(np.uint16))
+    labels = to40[frame.labels]
+    write_image(label, np.where(labels == IGNORE, 0, labels + 1).astype(np.uint8))

@@ -1,0 +1,146 @@
+"""Training losses: pure functions of tensors, and the named terms that recipes weigh.
+
+A term takes an `Output`, a `Batch` and the class weights, and returns a scalar. Labels are resized to the size of the
+logits by nearest neighbour, depth likewise, so that a loss never interpolates over an edge of the truth.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from enfilade.types import IGNORE, Batch, Output
+
+Weights = Float[Tensor, "k"] | None
+
+
+def nearest(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize a `b h w` map by nearest neighbour (pixel centres aligned)."""
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    return F.interpolate(x[:, None].float(), tuple(size), mode="nearest-exact")[:, 0].to(x.dtype)
+
+
+def cross_entropy(
+    logits: Float[Tensor, "b k h w"], labels: Int64[Tensor, "b _ _"], weight: Weights = None
+) -> Float[Tensor, ""]:
+    """Mean over labelled pixels, weighted by class (the mean is over the weights, as `F.cross_entropy` has it);
+    0 where nothing is labelled."""
+    labels = nearest(labels, logits.shape[-2:])
+    if not (labels != IGNORE).any():
+        return logits.float().sum() * 0
+    return F.cross_entropy(logits.float(), labels, weight, ignore_index=IGNORE)
+
+
+def focal(
+    logits: Float[Tensor, "b k h w"], labels: Int64[Tensor, "b _ _"], weight: Weights = None, gamma: float = 2.0
+) -> Float[Tensor, ""]:
+    """L_s, GAD Eq. (6): -(1 - p)^γ log p of the true class; no α. Mean over labelled pixels.
+
+    # Differs from paper: the mean, not the sum, so that learning rates do not depend on the image size.
+    """
+    labels = nearest(labels, logits.shape[-2:])
+    valid = labels != IGNORE
+    log_p = F.log_softmax(logits.float(), 1).gather(1, labels.where(valid, 0)[:, None])[:, 0]
+    loss = -((1 - log_p.exp()) ** gamma) * log_p
+    scale = valid.float() if weight is None else valid * weight[labels.where(valid, 0)]
+    return (loss * scale).sum() / scale.sum().clamp(min=1e-6)
+
+
+def berhu(error: Float[Tensor, "*s"], threshold: Float[Tensor, ""]) -> Float[Tensor, "*s"]:
+    """Reverse Huber penalty (GAD Eq. 7): linear up to `threshold` (metres), quadratic beyond."""
+    size = error.abs()
+    return size.where(size <= threshold, (error.square() + threshold.square()) / (2 * threshold.clamp(min=1e-12)))
+
+
+def depth_berhu(depth: Float[Tensor, "b h w"], target: Float[Tensor, "b _ _"]) -> Float[Tensor, ""]:
+    """L_d, GAD Eq. (7): δ = 0.2 max|d - D*| over the batch; mean over pixels with depth, 0 where there are none.
+
+    # Differs from paper: the mean, not the sum.
+    """
+    target = nearest(target, depth.shape[-2:])
+    error = (depth.float() - target)[target > 0]  # masked before any arithmetic that could make NaN gradients
+    if error.numel() == 0:
+        return depth.float().sum() * 0
+    return berhu(error, 0.2 * error.detach().abs().max()).mean()
+
+
+def depth_scale_invariant(
+    depth: Float[Tensor, "b h w"], target: Float[Tensor, "b _ _"], variance: float = 0.85
+) -> Float[Tensor, ""]:
+    """Scale-invariant log error (Eigen et al. 2014, Eq. 4), sqrt(mean(g²) - λ mean(g)²) with g = log d - log D*,
+    per image, averaged over the images that have depth. λ = `variance`: 0 is the RMSE of logs, 1 forgets the scale."""
+    target = nearest(target, depth.shape[-2:])
+    terms = []
+    for d, t in zip(depth.float(), target):
+        valid = t > 0
+        if valid.any():
+            g = d[valid].clamp(min=1e-3).log() - t[valid].log()
+            terms.append((g.square().mean() - variance * g.mean().square()).clamp(min=1e-8).sqrt())
+    return torch.stack(terms).mean() if terms else depth.float().sum() * 0
+
+
+def depth_gradient(depth: Float[Tensor, "b h w"], target: Float[Tensor, "b _ _"]) -> Float[Tensor, ""]:
+    """Mean |∇ log d - ∇ log D*| over neighbouring pixels that both have depth, at strides 1, 2 and 4: edges of depth
+    where the truth has them (the multi-scale gradient matching of Li & Snavely 2018, Section 4)."""
+    target = nearest(target, depth.shape[-2:])
+    valid = target > 0
+    g = torch.where(valid, depth.float().clamp(min=1e-3).log() - target.clamp(min=1e-3).log(), 0.0)
+    total, count = depth.float().sum() * 0, 0
+    for step in (1, 2, 4):
+        for dim in (1, 2):
+            n = g.shape[dim] - step
+            if n <= 0:
+                continue
+            both = valid.narrow(dim, step, n) & valid.narrow(dim, 0, n)
+            difference = (g.narrow(dim, step, n) - g.narrow(dim, 0, n)).abs()
+            total = total + (difference * both).sum() / both.sum().clamp(min=1)
+            count += 1
+    return total / max(count, 1)
+
+
+def _semantic(term) -> Callable[[Output, Batch, Weights], Tensor]:
+    def loss(output: Output, batch: Batch, weight: Weights) -> Tensor:
+        assert output.logits is not None and batch.labels is not None
+        return term(output.logits, batch.labels, weight)
+
+    return loss
+
+
+def _sides(term) -> Callable[[Output, Batch, Weights], Tensor]:
+    def loss(output: Output, batch: Batch, weight: Weights) -> Tensor:
+        assert batch.labels is not None
+        losses = [term(side, batch.labels, weight) for side in output.side_logits]  # Σ_k L_sk, Eq. (8)
+        return torch.stack(losses).sum() if losses else batch.image.new_zeros(())
+
+    return loss
+
+
+def _depth(term) -> Callable[[Output, Batch, Weights], Tensor]:
+    def loss(output: Output, batch: Batch, weight: Weights) -> Tensor:
+        assert output.depth is not None
+        return output.depth.sum() * 0 if batch.depth is None else term(output.depth, batch.depth)
+
+    return loss
+
+
+TERMS: dict[str, Callable[[Output, Batch, Weights], Tensor]] = {
+    "cross_entropy": _semantic(cross_entropy),
+    "focal": _semantic(focal),
+    "side_cross_entropy": _sides(cross_entropy),
+    "side_focal": _sides(focal),
+    "depth_berhu": _depth(depth_berhu),
+    "depth_scale_invariant": _depth(depth_scale_invariant),
+    "depth_gradient": _depth(depth_gradient),
+}
+
+
+def objective(
+    output: Output, batch: Batch, terms: dict[str, float], weight: Weights = None
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """The weighted sum of named terms (GAD Eq. 8 for {"focal": 1, "depth_berhu": 1, "side_focal": 1}), and each term."""
+    values = {name: TERMS[name](output, batch, weight) for name in terms}
+    total = torch.stack([factor * values[name] for name, factor in terms.items()]).sum()
+    return total, {name: value.detach() for name, value in values.items()}

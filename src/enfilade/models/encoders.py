@@ -1,0 +1,95 @@
+"""Encoders: any timm feature extractor, at any input size, behind one small interface.
+
+An encoder turns RGB in [0, 1] into a list of feature maps, shallow to deep. It normalises the colours itself, pads
+inputs that are not divisible by its stride, and always says which weights it holds.
+"""
+
+import difflib
+import logging
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from enfilade.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def pad_to_multiple(image: Float[Tensor, "b c _ _"], stride: int) -> Float[Tensor, "b c _ _"]:
+    """Continue the last row and column (edge replication invents no contour) up to a multiple of `stride`."""
+    h, w = image.shape[-2:]
+    return F.pad(image, (0, -w % stride, 0, -h % stride), mode="replicate") if h % stride or w % stride else image
+
+
+def in_fp32(conv: nn.Conv2d, x: Float[Tensor, "b c _ _"]) -> Float[Tensor, "b c _ _"]:
+    """`conv(x)` outside CPU autocast. oneDNN's bf16 input gradient of a strided depthwise convolution is 6 to 80 times
+    slower than its fp32 one (96 channels at 113x145: 78 ms against 10 on two cores): a quarter of a training step."""
+    if x.device.type != "cpu":
+        return type(conv).forward(conv, x)
+    with torch.autocast("cpu", enabled=False):
+        return type(conv).forward(conv, x.float()).to(x.dtype)
+
+
+class Encoder(nn.Module):
+    """`timm.create_model(name, features_only=True)` at any input size.
+
+    Args:
+        name: a timm architecture, e.g. "mobilenetv2_100", "resnet50".
+        weights: None (random, and said so), "timm" (timm's default weights, fetched by name: needs a network or a
+            filled cache), or the path of a local safetensors file with timm's keys.
+        in_channels: 3, or more when further maps (HHA) are stacked under the colours.
+
+    Attributes: `channels` and `strides` of the returned maps, shallow to deep; `loaded`, a sentence about the weights.
+
+    Raises:
+        UserError: an unknown architecture, a missing weight file, or one that does not fit.
+    """
+
+    def __init__(self, name: str, *, weights: str | None = None, in_channels: int = 3):
+        super().__init__()
+        import timm
+
+        if name.split(".")[0] not in timm.list_models():
+            near = difflib.get_close_matches(name, timm.list_models(), n=3)
+            raise UserError(f"timm has no encoder {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+        options: dict = {"features_only": True, "in_chans": in_channels}
+        if weights is not None and weights != "timm":
+            if not Path(weights).is_file():
+                raise UserError(f"no encoder weights at {weights}: give a safetensors file with timm's keys for {name}")
+            options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(weights)}}
+        elif weights == "timm":
+            options |= {"pretrained": True}
+        # TensorFlow-style padding: the MobileNetV2 weights at hand were trained with it
+        extra = {"pad_type": "same"} if name.startswith("mobilenetv2") else {}
+        try:
+            self.net = timm.create_model(name, **options, **extra)
+        except Exception as error:
+            raise UserError(f"cannot load weights {weights!r} into encoder {name}: {error}") from error
+        for module in self.net.modules():
+            if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1 and module.stride[0] > 1:
+                module.forward = partial(in_fp32, module)  # a partial, not a closure: it survives deepcopy
+        self.channels: list[int] = self.net.feature_info.channels()
+        self.strides: list[int] = self.net.feature_info.reduction()
+        config = self.net.pretrained_cfg or {}
+        mean, std = (0.5,) * 3, (0.5,) * 3  # the local MobileNetV2 weights take [-1, 1]
+        if not name.startswith("mobilenetv2"):
+            mean, std = config.get("mean", mean), config.get("std", std)
+        pad = in_channels - 3
+        self.register_buffer("mean", torch.tensor([*mean, *(0.5,) * pad]).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([*std, *(0.5,) * pad]).view(1, -1, 1, 1), persistent=False)
+        source = "random weights" if weights is None else f"weights {'of timm' if weights == 'timm' else weights}"
+        count = sum(p.numel() for p in self.net.parameters())
+        self.loaded = f"encoder {name}: {source}, {count / 1e6:.2f} M parameters"
+        log.info(self.loaded)
+
+    def forward(self, image: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b _ _ _"]]:
+        """Feature maps at `strides`; map of stride s has ceil(h / s) x ceil(w / s) positions."""
+        h, w = image.shape[-2:]
+        stride = self.strides[-1]
+        image = (image - self.mean) / self.std
+        features = self.net(pad_to_multiple(image, stride))
+        return [f[..., : -(-h // s), : -(-w // s)] for f, s in zip(features, self.strides)]

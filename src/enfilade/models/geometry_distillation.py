@@ -1,0 +1,330 @@
+"""Geometry-aware distillation for indoor semantic segmentation.
+
+Jiao, Wei, Jie, Shi, Lau, Huang, CVPR 2019 ("GAD" below). One encoder; one decoder for labels, one for depth; the depth
+decoder's features are added to the label decoder's (FeatProp), guide a global propagation of label features (GAP),
+and the result meets the encoder's features again, deep to shallow (SPF). At test time it needs one RGB image.
+
+The blocks come first, in the order in which data meets them; the model is at the end.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from enfilade.models.encoders import Encoder, pad_to_multiple
+from enfilade.types import Output
+
+Affinity = Literal["dot", "softmax", "window"]
+Fusion = Literal["none", "vanilla", "gap"]
+
+
+def conv_bn(cin: int, cout: int, kernel: int, relu: bool = True) -> nn.Sequential:
+    layers = [nn.Conv2d(cin, cout, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(cout)]
+    return nn.Sequential(*layers, nn.ReLU(inplace=True)) if relu else nn.Sequential(*layers)
+
+
+def resize(x: Float[Tensor, "b c _ _"], size) -> Float[Tensor, "b c h w"]:
+    return x if x.shape[-2:] == tuple(size) else F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
+
+class UpConv(nn.Module):
+    """A 5x5 convolution of the map that zeros double in size (Laina et al. 2016, Section 3.2), at a quarter of its work.
+
+    Three of four values under the 5x5 window are zeros, so each of the four output phases sees only a 3x3, 3x2, 2x3
+    or 2x2 part of it. One 3x3 convolution to 4 x `cout` channels holds the four (the smaller ones padded by taps that
+    are learned too: 36 taps for 25), and a pixel shuffle interleaves them. On matrix units a single dense convolution
+    is faster than four small ones.
+    """
+
+    def __init__(self, cin: int, cout: int):
+        super().__init__()
+        self.conv = nn.Conv2d(cin, 4 * cout, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(cout)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
+        return self.bn(F.pixel_shuffle(self.conv(x), 2))
+
+
+class UpProjection(nn.Module):
+    """Up-projection block (Laina et al. 2016, Figure 2d): twice the size, with a projected shortcut."""
+
+    def __init__(self, cin: int, cout: int):
+        super().__init__()
+        self.up = UpConv(cin, cout)
+        self.shortcut = UpConv(cin, cout)
+        self.refine = conv_bn(cout, cout, 3, relu=False)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
+        return F.relu(self.refine(F.relu(self.up(x))) + self.shortcut(x))
+
+
+class Decoder(nn.Module):
+    """Four up-projections. The coarser three outputs are resized and added to the last, "different scale features are
+    also propagated to enrich the final layer output" (GAD Section 3.3)."""
+
+    def __init__(self, cin: int, widths: tuple[int, ...], embedding: int):
+        super().__init__()
+        pairs = zip((cin, *widths), widths)
+        self.blocks = nn.ModuleList(UpProjection(a, b) for a, b in pairs)
+        self.enrich = nn.ModuleList(conv_bn(w, embedding, 3) for w in widths[:-1])
+        self.last = conv_bn(widths[-1], embedding, 1) if widths[-1] != embedding else nn.Identity()
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], added: list[Float[Tensor, "b _ _ _"]] | None = None
+    ) -> tuple[Float[Tensor, "b e _ _"], list[Float[Tensor, "b _ _ _"]]]:
+        """Returns the embedding and each level's output. `added` are features of the other decoder (FeatProp)."""
+        levels = []
+        for k, block in enumerate(self.blocks):
+            x = block(x)
+            levels.append(x)
+            if added is not None and k < len(self.blocks) - 1:
+                x = x + added[k]
+        size = levels[-1].shape[-2:]
+        embedding = self.last(levels[-1])
+        for conv, level in zip(self.enrich, levels):
+            embedding = embedding + conv(resize(level, size))
+        return embedding, levels
+
+
+class GeometryAwarePropagation(nn.Module):
+    """GAP, Eq. (3)-(5): every position gathers label features from positions of similar geometry.
+
+    `affinity`:
+      dot      Eq. (3) over all positions in O(n) time and memory. W_ij = η_i . φ_j is linear, so the sums over j are
+               taken once: q_i = η_i (Σ_j φ_j δ_jᵀ) / (η_i . Σ_j φ_j). η and φ pass a softplus: W stays positive.
+      softmax  the released code's form: weights softmax_j(η_i . φ_j), by attention without an n x n matrix.
+      window   Eq. (3) with N(i) a `window` x `window` neighbourhood.
+    """
+
+    def __init__(self, channels: int, inner: int = 32, affinity: Affinity = "dot", window: int = 9):
+        super().__init__()
+        if affinity not in ("dot", "softmax", "window"):
+            raise ValueError(f"affinity is 'dot', 'softmax' or 'window', not {affinity!r}")
+        self.affinity, self.window = affinity, window
+        self.eta = conv_bn(channels, inner, 1, relu=False)
+        self.phi = conv_bn(channels, inner, 1, relu=False)
+        self.delta = conv_bn(channels, inner, 1, relu=False)
+        self.out = conv_bn(inner, channels, 1, relu=False)
+
+    def forward(self, p: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        eta, phi, delta = self.eta(embedding), self.phi(embedding), self.delta(p)
+        propagate = {"dot": propagate_dot, "softmax": propagate_softmax, "window": self._window}[self.affinity]
+        return self.out(propagate(eta, phi, delta)) + p  # Eq. (5)
+
+    def _window(self, eta: Tensor, phi: Tensor, delta: Tensor) -> Tensor:
+        return propagate_window(eta, phi, delta, self.window)
+
+
+def propagate_dot(
+    eta: Float[Tensor, "b m h w"], phi: Float[Tensor, "b m h w"], delta: Float[Tensor, "b d h w"]
+) -> Float[Tensor, "b d h w"]:
+    """Eq. (3) with W_ij = softplus(η_i) . softplus(φ_j), all positions, O(n)."""
+    with torch.autocast(eta.device.type, enabled=False):  # sums over n positions need fp32
+        e, f = F.softplus(eta.float()).flatten(2), F.softplus(phi.float()).flatten(2)
+        d = delta.float().flatten(2)
+        n = f.shape[-1]
+        context = torch.einsum("bmn,bdn->bmd", f, d) / n  # Σ_j φ_j δ_jᵀ; the 1/n cancels, and keeps fp32 exact
+        norm = torch.einsum("bmn,bm->bn", e, f.mean(-1))
+        q = torch.einsum("bmn,bmd->bdn", e, context) / norm[:, None]
+    return q.view_as(delta)
+
+
+def propagate_reference(
+    eta: Float[Tensor, "b m h w"], phi: Float[Tensor, "b m h w"], delta: Float[Tensor, "b d h w"]
+) -> Float[Tensor, "b d h w"]:
+    """`propagate_dot` as Eq. (3) is written: the n x n matrix W."""
+    e, f, d = F.softplus(eta).flatten(2), F.softplus(phi).flatten(2), delta.flatten(2)
+    weights = e.transpose(1, 2) @ f  # W_ij
+    q = d @ weights.transpose(1, 2) / weights.sum(2)[:, None]
+    return q.view_as(delta)
+
+
+def propagate_softmax(
+    eta: Float[Tensor, "b m h w"], phi: Float[Tensor, "b m h w"], delta: Float[Tensor, "b d h w"]
+) -> Float[Tensor, "b d h w"]:
+    """Weights softmax over j of η_i . φ_j, as the released inference code has them."""
+    q, k, v = (x.flatten(2).transpose(1, 2)[:, None].contiguous() for x in (eta, phi, delta))
+    out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+    return out[:, 0].transpose(1, 2).reshape(delta.shape)
+
+
+def propagate_window(
+    eta: Float[Tensor, "b m h w"], phi: Float[Tensor, "b m h w"], delta: Float[Tensor, "b d h w"], window: int
+) -> Float[Tensor, "b d h w"]:
+    """Eq. (3) with the positive W of `propagate_dot` over a window; outside the image there are no neighbours.
+
+    Because W is linear in φ, the window sums are box filters of φ_m δ_d and of φ_m, again without any n x k² matrix.
+    """
+    e, f = F.softplus(eta.float()), F.softplus(phi.float())
+    m, d = f.shape[1], delta.shape[1]
+
+    def box(x):
+        return F.avg_pool2d(x, window, stride=1, padding=window // 2, count_include_pad=True)
+
+    q = sum(e[:, i : i + 1] * box(f[:, i : i + 1] * delta.float()) for i in range(m))
+    norm = sum(e[:, i : i + 1] * box(f[:, i : i + 1]) for i in range(m))
+    assert d == delta.shape[1]
+    return q / norm
+
+
+class VanillaFusion(nn.Module):
+    """VanConv (Figure 3, bottom): the ablation's plain alternative to GAP."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.fuse = nn.Sequential(conv_bn(2 * channels, channels, 3), nn.Conv2d(channels, channels, 3, padding=1))
+
+    def forward(self, p: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        return self.fuse(torch.cat([p, embedding], 1))
+
+
+class SkipPyramidFusion(nn.Module):
+    """SPF block (Figure 4): meets one encoder level, hands a feature to the next block and a label map to the loss."""
+
+    def __init__(self, skip: int, channels: int, classes: int):
+        super().__init__()
+        self.reduce = conv_bn(skip, channels, 1)
+        self.fuse = conv_bn(2 * channels, channels, 3)
+        self.side = nn.Conv2d(channels, classes, 3, padding=1)
+
+    def forward(
+        self, x: Float[Tensor, "b c _ _"], skip: Float[Tensor, "b s h w"]
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k h w"]]:
+        x = self.fuse(torch.cat([resize(x, skip.shape[-2:]), self.reduce(skip)], 1))
+        return x, self.side(x)
+
+
+class GAD(nn.Module):
+    """The network of GAD Figure 2, and every row of its ablation by leaving parts out.
+
+    Args:
+        classes: label classes.
+        encoder, weights: see `Encoder`.
+        bottleneck: channels after the 1x1 convolution on the trunk (paper: 1024).
+        widths: the decoders' four blocks (paper: 512, 256, 128, 64).
+        embedding: channels of the two decoders' final features and of GAP and SPF (paper: 64).
+        depth: has a depth decoder (DepEm). Without it there is neither FeatProp nor fusion.
+        propagate: FeatProp.
+        fusion: "gap", "vanilla" (VanConv) or "none".
+        affinity, window: see `GeometryAwarePropagation`.
+        skip: has the SPF blocks.
+        hha: takes the HHA image as three more input channels (the row sem + L_s + HHA).
+        dropout: of the distilled feature's channels; 0 in the paper.
+
+    `forward(image, hha=None, has_depth=None)`: RGB in [0, 1] of any size. With SPF the logits have the size of the
+    encoder's fourth-deepest level (a quarter of the image), without it the decoders' (a half). `has_depth` marks the samples that have depth
+    supervision; from the others the depth decoder gets no gradient (GAD Section 4.5).
+    """
+
+    def __init__(
+        self,
+        *,
+        classes: int = 40,
+        encoder: str = "resnet50",
+        weights: str | None = None,
+        bottleneck: int = 1024,
+        widths: tuple[int, ...] = (512, 256, 128, 64),
+        embedding: int = 64,
+        depth: bool = True,
+        propagate: bool = True,
+        fusion: Fusion = "gap",
+        affinity: Affinity = "dot",
+        window: int = 9,
+        skip: bool = True,
+        hha: bool = False,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.uses = ("hha",) if hha else ()
+        self.trunk = Encoder(encoder, weights=weights, in_channels=6 if hha else 3)
+        self.squeeze = conv_bn(self.trunk.channels[-1], bottleneck, 1, relu=False)
+        self.semantic = Decoder(bottleneck, tuple(widths), embedding)
+        self.classifier = nn.Conv2d(embedding, classes, 3, padding=1)
+        self.propagate = propagate and depth
+        self.depth = Decoder(bottleneck, tuple(widths), embedding) if depth else None
+        self.depth_head = nn.Conv2d(embedding, 1, 3, padding=1) if depth else None
+        if not depth or fusion == "none":
+            self.fusion = None
+        elif fusion == "gap":
+            self.fusion = GeometryAwarePropagation(embedding, affinity=affinity, window=window)
+        elif fusion == "vanilla":
+            self.fusion = VanillaFusion(embedding)
+        else:
+            raise ValueError(f"fusion is 'gap', 'vanilla' or 'none', not {fusion!r}")
+        levels = self.trunk.channels[-4:][::-1]  # four blocks, the deepest level first
+        self.spf = nn.ModuleList(SkipPyramidFusion(c, embedding, classes) for c in levels) if skip else None
+        self.dropout = nn.Dropout2d(dropout)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d) and not name.startswith("trunk."):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")  # "initialized by the method in [15]"
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for head in (self.classifier, self.depth_head):
+            if head is not None:
+                nn.init.normal_(head.weight, std=0.01)
+        if self.depth_head is not None:
+            # softplus of this is about 2.7 m, the middle of a room, so that berHu's threshold starts out sensible
+            nn.init.constant_(self.depth_head.bias, 2.6)
+        for block in self.spf or ():
+            nn.init.normal_(block.side.weight, std=0.01)
+
+    @property
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """What a training stage may train, freeze, clip or give a learning rate of its own."""
+        parts = {
+            "trunk": [self.trunk],
+            "semantic": [self.squeeze, self.semantic, self.classifier],
+            "depth": [self.depth, self.depth_head],
+            "fusion": [self.fusion],
+            "spf": [self.spf],
+        }
+        return {k: [m for m in v if m is not None] for k, v in parts.items() if v[0] is not None}
+
+    def forward(
+        self,
+        image: Float[Tensor, "b 3 h w"],
+        hha: Float[Tensor, "b 3 h w"] | None = None,
+        has_depth: Bool[Tensor, "b"] | None = None,
+    ) -> Output:
+        if self.uses:
+            if hha is None:
+                raise ValueError("this GAD was trained with HHA input: give hha (see enfilade.ops.hha)")
+            image = torch.cat([image, hha], 1)
+        h, w = image.shape[-2:]
+        image = pad_to_multiple(image, self.trunk.strides[-1])  # so that every level covers the same area exactly
+        features = self.trunk(image)
+        x = self.squeeze(features[-1])
+
+        depth = embedding = levels = None
+        if self.depth is not None and self.depth_head is not None:
+            embedding, levels = self.depth(x)
+            depth = F.softplus(self.depth_head(embedding)[:, 0].float())
+            if has_depth is not None and not bool(has_depth.all()):
+                known = has_depth.view(-1, 1, 1, 1)
+                embedding, *levels = [torch.where(known, f, f.detach()) for f in (embedding, *levels)]
+
+        p, _ = self.semantic(x, levels if self.propagate else None)
+        if self.fusion is not None:
+            p = self.fusion(p, embedding)
+        p = self.dropout(p)
+        logits = self.classifier(p)
+        sides = []
+        if self.spf is not None:
+            for block, skip in zip(self.spf, features[-4:][::-1]):
+                p, side = block(p, skip)
+                sides.append(side)
+            # "The score map from the bottom SPF block is utilized for the final semantic label prediction"
+            logits, sides = sides[-1], [logits, *sides[:-1]]
+
+        def uncovered(x):
+            """Cut the part of a map that covers padding."""
+            return x[..., : -(-h * x.shape[-2] // image.shape[-2]), : -(-w * x.shape[-1] // image.shape[-1])]
+
+        return Output(
+            logits=uncovered(logits),
+            depth=None if depth is None else uncovered(depth),
+            side_logits=tuple(map(uncovered, sides)),
+        )

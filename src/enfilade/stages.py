@@ -1,0 +1,88 @@
+"""Training as data: a recipe is a model's arguments and the stages it passes through."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training with one objective.
+
+    Args:
+        name: of the stage, in logs and checkpoints.
+        epochs: passes over the training set.
+        losses: named terms of `enfilade.losses.TERMS` and their weights.
+        train: parts of the model (its `parts`) that learn; the others are frozen, their batch norms too. "*" is all.
+        size: (height, width) of a training crop.
+        zoom: random scaling around the canonical scale (log-uniform).
+        flip, colour: see `data.transforms.Augment`.
+        batch: samples in one forward pass, per process.
+        accumulate: forward passes per update.
+        lr: peak learning rate; `lr_parts` multiplies it per part.
+        schedule: "onecycle" (linear warm-up, then cosine to 0), "poly" (power 0.9), "step" (x0.1 every `step_epochs`)
+            or "constant".
+        warmup: share of the stage that warms up, for "onecycle".
+        clip: largest gradient norm per part; parts not named are not clipped.
+        ema: decay of the exponential moving average of the weights that is validated and shipped; 0 for none.
+        evaluate_every: epochs between validations (the last epoch is always validated).
+    """
+
+    name: str
+    epochs: int
+    losses: dict[str, float]
+    train: tuple[str, ...] = ("*",)
+    size: tuple[int, int] = (240, 320)
+    zoom: tuple[float, float] = (1.0, 1.0)
+    flip: float = 0.5
+    colour: float = 1.0
+    batch: int = 8
+    accumulate: int = 1
+    optimiser: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: float = 1e-3
+    lr_parts: dict[str, float] = field(default_factory=dict)
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: Literal["onecycle", "poly", "step", "constant"] = "onecycle"
+    warmup: float = 0.05
+    step_epochs: int = 40
+    clip: dict[str, float] = field(default_factory=dict)
+    ema: float = 0.0
+    evaluate_every: int = 5
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run, whole.
+
+    Args:
+        name: what it is called in tables and run folders.
+        model: a name in `enfilade.checkpoint.MODELS`.
+        arguments: the model's constructor.
+        stages: in order; each starts from the last weights of the one before.
+        scale: source pixels to network pixels at zoom 1, in training and in validation.
+        focal: canonical focal length in network pixels (see `data.transforms`); None leaves depth as it is.
+        space: label space of the predictions.
+        class_weighting: power of the median-frequency class weights (0 none, 1 full, 0.5 their square root).
+        depth_fraction: share of the training samples that keep their depth (GAD Section 4.5).
+        seed: of everything random: initial weights, order, augmentation, dropout.
+        precision: "no" (fp32) or "bf16".
+    """
+
+    name: str
+    model: str
+    arguments: dict[str, Any]
+    stages: tuple[Stage, ...]
+    scale: float = 0.5
+    focal: float | None = 518.8579 * 0.5  # NYUv2's camera at half size
+    space: str = "nyu40"
+    class_weighting: float = 0.0
+    depth_fraction: float = 1.0
+    seed: int = 0
+    precision: Literal["no", "bf16"] = "bf16"
+
+    def replace(self, **changes) -> "Recipe":
+        return replace(self, **changes)
+
+    def with_stages(self, **changes) -> "Recipe":
+        """The same changes in every stage, e.g. a short budget: `recipe.with_stages(epochs=3)`."""
+        return replace(self, stages=tuple(replace(s, **changes) for s in self.stages))

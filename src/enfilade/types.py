@@ -1,0 +1,142 @@
+"""The only things that pass between rooms: `Sample`, `Batch`, `Output`, `Prediction`.
+
+Units and conventions, everywhere in the library:
+
+* RGB is float in [0, 1]. Depth is metres along the optical axis, 0 where it is unknown.
+* Labels are 0..C-1 of a `labels.LabelSpace`; 255 is ignored.
+* A `Sample` and a `Prediction` hold numpy arrays, channels last, as files and viewers have them; a `Batch` and an
+  `Output` hold tensors, channels first, as networks have them.
+* A field that a data set or a task lacks is None.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int32, Int64, UInt8
+from torch import Tensor
+
+from enfilade.camera import Camera
+
+IGNORE = 255
+
+
+@dataclass(frozen=True, slots=True)
+class VoxelGrid:
+    """A labelled volume in the world frame (Z up).
+
+    `labels[i, j, k]` is the voxel whose corner lies at `origin + size * (i, k, j)`: the array's axes run along the
+    world's X, Z (up) and Y, the order of the SSCNet files. 0 is empty, 255 is unknown.
+    """
+
+    labels: UInt8[np.ndarray, "x y z"]
+    origin: Float[np.ndarray, "3"]  # metres, world
+    size: float = 0.02  # metres
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One example as a reader gives it, at its native size."""
+
+    image: Float32[np.ndarray, "h w 3"]
+    name: str = ""
+    labels: UInt8[np.ndarray, "h w"] | None = None
+    depth: Float32[np.ndarray, "h w"] | None = None
+    camera: Camera | None = None
+    instances: Int32[np.ndarray, "h w"] | None = None
+    normals: Float32[np.ndarray, "h w 3"] | None = None  # unit, camera frame, facing the camera; 0 where unknown
+    hha: Float32[np.ndarray, "h w 3"] | None = None  # ops.hha.hha() / 255
+    voxels: VoxelGrid | None = None
+
+    def replace(self, **changes) -> "Sample":
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Samples of one size, stacked."""
+
+    image: Float[Tensor, "b 3 h w"]
+    names: tuple[str, ...] = ()
+    labels: Int64[Tensor, "b h w"] | None = None
+    depth: Float[Tensor, "b h w"] | None = None
+    hha: Float[Tensor, "b 3 h w"] | None = None
+    cameras: tuple[Camera | None, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    @property
+    def has_depth(self) -> Bool[Tensor, "b"]:
+        """Which samples carry depth supervision at all (semi-supervised depth: GAD Section 4.5)."""
+        if self.depth is None:
+            return torch.zeros(len(self.image), dtype=torch.bool, device=self.image.device)
+        return (self.depth > 0).flatten(1).any(1)
+
+    def to(self, device) -> "Batch":
+        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples of one size. A field must be present in all samples or is None for all; depth alone may be
+    missing from some, which then hold 0 everywhere (no supervision)."""
+
+    def stack(field, dtype, missing=None):
+        values = [getattr(s, field) for s in samples]
+        if all(v is None for v in values) or (missing is None and any(v is None for v in values)):
+            return None
+        values = [missing(s) if v is None and missing else v for v, s in zip(values, samples)]
+        tensor = torch.from_numpy(np.stack(values)).to(dtype)
+        return tensor.movedim(-1, 1).contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+    return Batch(
+        image=stack("image", torch.float32),
+        names=tuple(s.name for s in samples),
+        labels=stack("labels", torch.int64),
+        depth=stack("depth", torch.float32, missing=lambda s: np.zeros(s.image.shape[:2], np.float32)),
+        hha=stack("hha", torch.float32),
+        cameras=tuple(s.camera for s in samples),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a network returns. Logits and depth may be smaller than the image; side outputs each have their own size."""
+
+    logits: Float[Tensor, "b k h w"] | None = None
+    depth: Float[Tensor, "b h w"] | None = None  # metres
+    side_logits: tuple[Float[Tensor, "b k _ _"], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What `predict` returns for one image, at the image's own size."""
+
+    image: Float32[np.ndarray, "h w 3"]
+    labels: UInt8[np.ndarray, "h w"] | None = None
+    depth: Float32[np.ndarray, "h w"] | None = None  # metres
+    confidence: Float32[np.ndarray, "h w"] | None = None  # probability of the chosen label
+    camera: Camera | None = None
+    camera_source: str = "assumed"  # "given", "exif" or "assumed"
+    space: str = "nyu40"  # name of the label space
+    name: str = ""
+
+    def show(self):
+        """RGB | labels | depth with a legend, as a `PIL.Image` (shown by notebooks; `.show()` opens a viewer)."""
+        from enfilade.viz import panel
+
+        return panel(self)
+
+    def points(self) -> tuple[Float32[np.ndarray, "n 3"], Float32[np.ndarray, "n 3"]]:
+        """Points in metres in the camera frame (x right, y down, z forward) and their RGB colours."""
+        from enfilade.viz import points
+
+        return points(self)
+
+    def save(self, folder, **options) -> list[str]:
+        """Write label, depth, overlay, array and point files to `folder`; see `enfilade.predict.save`."""
+        from enfilade.predict import save
+
+        return save(self, folder, **options)
