@@ -3,7 +3,6 @@
 No pickle is ever read. Every write goes to a temporary name and is renamed.
 """
 
-import difflib
 import importlib
 import json
 import os
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from enfilade.errors import UserError
+from enfilade.errors import UserError, unknown
 
 # What a model file may name. The module is imported when it is needed.
 MODELS: dict[str, str] = {
@@ -40,8 +39,7 @@ class Loaded:
 def build(model: str, arguments: dict[str, Any]) -> nn.Module:
     """Construct a model by its name in `MODELS`."""
     if model not in MODELS:
-        near = difflib.get_close_matches(model, MODELS, n=1)
-        raise UserError(f"no model {model!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {list(MODELS)}"))
+        raise unknown("model", model, MODELS)
     module, name = MODELS[model].split(":")
     return getattr(importlib.import_module(module), name)(**arguments)
 
@@ -59,7 +57,8 @@ def write(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose a folder that you may write to") from error
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}; choose a folder that you may write to") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -107,9 +106,7 @@ def resolve(name: str | Path) -> Path:
                 return path / candidate
         raise UserError(f"{path} holds no best.safetensors: has that run passed its first validation?")
     if not path.exists():
-        near = difflib.get_close_matches(str(name), SHIPPED, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"shipped models are {', '.join(SHIPPED)}"
-        raise UserError(f"no model {str(name)!r}: neither a file nor a shipped model; {hint}")
+        raise unknown("model file or shipped model", str(name), SHIPPED)
     return path
 
 
@@ -128,6 +125,7 @@ def load(name: str | Path = "gad-nyuv2", device: str | torch.device = "cpu") -> 
     found = {k: v.shape for k, v in tensors.items()}
     if wanted != found:
         wrong = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
-        raise UserError(f"the weights in {path} are of another model than {meta['model']}: {len(wrong)} differ, first {wrong[0]}")
+        text = f"the weights in {path} are of another model than {meta['model']}"
+        raise UserError(f"{text}: {len(wrong)} tensors differ, the first is {wrong[0]}")
     network.load_state_dict(tensors)
     return Loaded(network.float().eval().to(device), meta)

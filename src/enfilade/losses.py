@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from enfilade.errors import UserError
 from enfilade.types import IGNORE, Batch, Output
 
 Weights = Float[Tensor, "k"] | None
@@ -101,27 +102,33 @@ def depth_gradient(depth: Float[Tensor, "b h w"], target: Float[Tensor, "b _ _"]
     return total / max(count, 1)
 
 
+def present(value, what: str):
+    """`value`, or the sentence that a recipe's loss has nothing to work on."""
+    if value is None:
+        raise UserError(f"this recipe's losses need {what}, which the model or the data lacks: drop the term")
+    return value
+
+
 def _semantic(term) -> Callable[[Output, Batch, Weights], Tensor]:
     def loss(output: Output, batch: Batch, weight: Weights) -> Tensor:
-        assert output.logits is not None and batch.labels is not None
-        return term(output.logits, batch.labels, weight)
+        return term(present(output.logits, "label logits"), present(batch.labels, "labels"), weight)
 
     return loss
 
 
 def _sides(term) -> Callable[[Output, Batch, Weights], Tensor]:
     def loss(output: Output, batch: Batch, weight: Weights) -> Tensor:
-        assert batch.labels is not None
-        losses = [term(side, batch.labels, weight) for side in output.side_logits]  # Σ_k L_sk, Eq. (8)
-        return torch.stack(losses).sum() if losses else batch.image.new_zeros(())
+        labels = present(batch.labels, "labels")
+        sides = present(output.side_logits or None, "side outputs")
+        return torch.stack([term(side, labels, weight) for side in sides]).sum()  # Σ_k L_sk, Eq. (8)
 
     return loss
 
 
 def _depth(term) -> Callable[[Output, Batch, Weights], Tensor]:
     def loss(output: Output, batch: Batch, weight: Weights) -> Tensor:
-        assert output.depth is not None
-        return output.depth.sum() * 0 if batch.depth is None else term(output.depth, batch.depth)
+        depth = present(output.depth, "predicted depth")
+        return depth.sum() * 0 if batch.depth is None else term(depth, batch.depth)
 
     return loss
 
@@ -140,7 +147,7 @@ TERMS: dict[str, Callable[[Output, Batch, Weights], Tensor]] = {
 def objective(
     output: Output, batch: Batch, terms: dict[str, float], weight: Weights = None
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-    """The weighted sum of named terms (GAD Eq. 8 for {"focal": 1, "depth_berhu": 1, "side_focal": 1}), and each term."""
+    """The weighted sum of named terms (GAD Eq. 8: {"focal": 1, "depth_berhu": 1, "side_focal": 1}), and each."""
     values = {name: TERMS[name](output, batch, weight) for name in terms}
     total = torch.stack([factor * values[name] for name, factor in terms.items()]).sum()
     return total, {name: value.detach() for name, value in values.items()}

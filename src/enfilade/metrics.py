@@ -91,7 +91,7 @@ def _argmax_count(logits, target, start, stop, ignore, counts):
     return bad_target, example_target, nan
 
 
-def _refuse_labels(kind: str, number: int, example: int, classes: int, ignore: int) -> None:
+def _refuse_labels(kind: str, number, example, classes: int, ignore: int) -> None:
     if number:
         but = f" (or {ignore}, ignored)" if kind == "ground truth" else ""
         raise UserError(
@@ -364,8 +364,8 @@ class DepthScore:
         """Add one image, metres. Raises UserError on sizes that differ, or a prediction that is NaN where it counts."""
         if pred.shape != target.shape:
             raise UserError(f"a depth map of shape {pred.shape} cannot be scored against one of {target.shape}")
-        flat = [np.ascontiguousarray(crop(a, self.crop)).reshape(-1) for a in (pred, target)]
-        sums, nan = _depth_sums(*flat, self.minimum, self.cap)
+        flat_pred, flat_target = (np.ascontiguousarray(crop(a, self.crop)).reshape(-1) for a in (pred, target))
+        sums, nan = _depth_sums(flat_pred, flat_target, self.minimum, self.cap)
         if nan:
             raise UserError(f"the predicted depth is NaN at {nan} pixels that have a true depth")
         if not sums[0]:

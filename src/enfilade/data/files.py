@@ -1,15 +1,16 @@
-"""Image files in and out, for all readers. Errors name the file.
+"""The image files of data sets: colour, and maps of one channel. Errors name the file.
 
 Pixels are read as they are stored: an EXIF orientation is not applied, because depth and label files do not carry one
-and the three must stay aligned.
+and the three must stay aligned. (A user's single photos are turned upright: `enfilade.images.read`.)
 """
 
 import os
-from pathlib import Path
+from io import BytesIO
 
 import cv2
 import numpy as np
-from jaxtyping import Float32, Shaped, UInt8
+import PIL.Image
+from jaxtyping import Float32, Shaped
 
 from enfilade.errors import UserError
 
@@ -48,12 +49,8 @@ def read_map(path: str | os.PathLike) -> Shaped[np.ndarray, "h w"]:
     """A single-channel image in the type it is stored in (8 or 16 bits, or float); a palette image gives indices."""
     data = _load(path)
     if data[:4].tobytes() == b"\x89PNG" and data.size > 25 and data[25] == _PALETTE:
-        from io import BytesIO
-
-        from PIL import Image
-
         try:
-            return np.array(Image.open(BytesIO(data.tobytes()), formats=("PNG",)))
+            return np.array(PIL.Image.open(BytesIO(data.tobytes()), formats=("PNG",)))
         except (OSError, SyntaxError) as error:
             raise UserError(f"{path} is no readable image ({error})") from error
     image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED | cv2.IMREAD_ANYDEPTH)
@@ -62,24 +59,3 @@ def read_map(path: str | os.PathLike) -> Shaped[np.ndarray, "h w"]:
     if image.ndim != 2:
         raise UserError(f"{path} has {image.shape[2]} channels: a depth or label image has one")
     return image
-
-
-def write_image(path: str | os.PathLike, image: UInt8[np.ndarray, "h w 3"] | Shaped[np.ndarray, "h w"], quality=95):
-    """Write RGB or one channel as the ending of `path` says (jpg, png), atomically."""
-    path = Path(path)
-    options = [cv2.IMWRITE_JPEG_QUALITY, quality] if path.suffix == ".jpg" else []
-    ok, data = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image, options)
-    if not ok:
-        raise ValueError(f"{path}: cannot encode an image of shape {image.shape} and type {image.dtype}")
-    write_bytes(path, data.tobytes())
-
-
-def write_bytes(path: str | os.PathLike, data: bytes):
-    """Write a file atomically: under a temporary name beside it, then moved."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -104,8 +104,8 @@ class Frames:
         elif listed.is_file():
             chosen = listed.read_text().split()
             if unknown := sorted(set(chosen) - set(stems)):
-                raise FileNotFoundError(f"{listed} lists {unknown[0]!r} (and {len(unknown) - 1} more) without an image")
-        elif split == "test" or any((self.root / f"{other}.txt").is_file() for other in SPLITS):
+                raise FileNotFoundError(f"{listed} lists {unknown[0]!r}, which has no image ({len(unknown)} such ids)")
+        elif split == "test" or any((self.root / f"{other}.txt").is_file() for other in SPLITS[1:]):
             raise FileNotFoundError(f"{listed} not found: it lists the frames of split {split!r}, one stem a line")
         else:
             cut = len(stems) - max(1, round(0.18 * len(stems)))
@@ -119,8 +119,8 @@ class Frames:
             missing = [name for name in self.names if name not in of]
             if missing and of:
                 raise FileNotFoundError(
-                    f"{self.root}: frame {missing[0]!r} has no {kind} file, nor have {len(missing) - 1} more of "
-                    f"{len(self.names)} frames: add them, or take the {kind} files away altogether"
+                    f"{self.root}: frame {missing[0]!r} has no {kind} file ({len(missing)} of {len(self.names)} frames "
+                    f"lack one): add them, or take the {kind} files away altogether"
                 )
         return [{kind: of[name] for kind, of in files.items() if of} for name in self.names]
 

@@ -4,11 +4,12 @@ import json
 import os
 from pathlib import Path
 
+import cv2
 import numpy as np
 
-from enfilade.data.files import write_bytes, write_image
 from enfilade.data.nyuv2 import MatFrame, open_mat, read_mat, read_splits
 from enfilade.errors import UserError
+from enfilade.images import make_folder, write_atomic, write_png
 from enfilade.labels import IGNORE, nyu894_to_40
 
 
@@ -57,7 +58,7 @@ def prepare_nyuv2(
         _write(frame, _paths(out, frame.index, image), to40)
 
     for name, indices in (("train", train), ("test", test)):
-        write_bytes(out / f"{name}.txt", "".join(f"{i:04d}\n" for i in indices).encode())
+        write_atomic(out / f"{name}.txt", "".join(f"{i:04d}\n" for i in indices).encode())
     (out / _STARTED).replace(out / "dataset.json")
     return out
 
@@ -74,8 +75,8 @@ def _claim(out: Path, options: dict[str, str]):
         if json.loads(mark.read_text()) != options:
             raise UserError(f"{mark} tells of other options ({mark.read_text().strip()}): choose another folder")
     for kind in ("rgb", "depth", "label40"):
-        (out / kind).mkdir(parents=True, exist_ok=True)
-    write_bytes(out / _STARTED, json.dumps(options, indent=1).encode() + b"\n")
+        make_folder(out / kind)
+    write_atomic(out / _STARTED, json.dumps(options, indent=1).encode() + b"\n")
 
 
 def _paths(out: Path, index: int, image: str) -> tuple[Path, Path, Path]:
@@ -87,9 +88,13 @@ def _write(frame: MatFrame, paths: tuple[Path, Path, Path], to40: np.ndarray):
     if frame.labels.max() > 894:
         raise UserError(f"frame {frame.index} holds label {frame.labels.max()}, beyond the 894 of NYUv2")
     rgb, depth, label = paths
-    write_image(rgb, frame.image)
+    if rgb.suffix == ".png":
+        write_png(rgb, frame.image)
+    else:
+        bgr = cv2.cvtColor(frame.image, cv2.COLOR_RGB2BGR)
+        write_atomic(rgb, cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes())
     # 0 stays "missing", a NaN becomes it; 65.5 m is beyond any indoor depth.
     metres = np.nan_to_num(frame.depth, nan=0.0, posinf=0.0, neginf=0.0)
-    write_image(depth, np.clip(np.rint(metres * 1000), 0, 65535).astype(np.uint16))
+    write_png(depth, np.clip(np.rint(metres * 1000), 0, 65535).astype(np.uint16))
     labels = to40[frame.labels]
-    write_image(label, np.where(labels == IGNORE, 0, labels + 1).astype(np.uint8))
+    write_png(label, np.where(labels == IGNORE, 0, labels + 1).astype(np.uint8))

@@ -4,7 +4,6 @@ An encoder turns RGB in [0, 1] into a list of feature maps, shallow to deep. It 
 inputs that are not divisible by its stride, and always says which weights it holds.
 """
 
-import difflib
 import logging
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from enfilade.errors import UserError
+from enfilade.errors import UserError, unknown
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +53,7 @@ class Encoder(nn.Module):
         import timm
 
         if name.split(".")[0] not in timm.list_models():
-            near = difflib.get_close_matches(name, timm.list_models(), n=3)
-            raise UserError(f"timm has no encoder {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+            raise unknown("timm encoder", name, timm.list_models())
         options: dict = {"features_only": True, "in_chans": in_channels}
         if weights is not None and weights != "timm":
             if not Path(weights).is_file():

@@ -31,7 +31,7 @@ def resize(x: Float[Tensor, "b c _ _"], size) -> Float[Tensor, "b c h w"]:
 
 
 class UpConv(nn.Module):
-    """A 5x5 convolution of the map that zeros double in size (Laina et al. 2016, Section 3.2), at a quarter of its work.
+    """A 5x5 convolution of the zero-stuffed map of double size (Laina et al. 2016, Section 3.2), cheaply.
 
     Three of four values under the 5x5 window are zeros, so each of the four output phases sees only a 3x3, 3x2, 2x3
     or 2x2 part of it. One 3x3 convolution to 4 x `cout` channels holds the four (the smaller ones padded by taps that
@@ -159,15 +159,13 @@ def propagate_window(
     Because W is linear in φ, the window sums are box filters of φ_m δ_d and of φ_m, again without any n x k² matrix.
     """
     e, f = F.softplus(eta.float()), F.softplus(phi.float())
-    m, d = f.shape[1], delta.shape[1]
 
     def box(x):
         return F.avg_pool2d(x, window, stride=1, padding=window // 2, count_include_pad=True)
 
-    q = sum(e[:, i : i + 1] * box(f[:, i : i + 1] * delta.float()) for i in range(m))
-    norm = sum(e[:, i : i + 1] * box(f[:, i : i + 1]) for i in range(m))
-    assert d == delta.shape[1]
-    return q / norm
+    pairs = [(e[:, i : i + 1], f[:, i : i + 1]) for i in range(f.shape[1])]
+    q = sum(eta_i * box(phi_i * delta.float()) for eta_i, phi_i in pairs)
+    return q / sum(eta_i * box(phi_i) for eta_i, phi_i in pairs)
 
 
 class VanillaFusion(nn.Module):
@@ -215,8 +213,8 @@ class GAD(nn.Module):
         dropout: of the distilled feature's channels; 0 in the paper.
 
     `forward(image, hha=None, has_depth=None)`: RGB in [0, 1] of any size. With SPF the logits have the size of the
-    encoder's fourth-deepest level (a quarter of the image), without it the decoders' (a half). `has_depth` marks the samples that have depth
-    supervision; from the others the depth decoder gets no gradient (GAD Section 4.5).
+    encoder's fourth-deepest level (a quarter of the image), without it the decoders' (a half). `has_depth` marks the
+    samples with depth supervision; from the others the depth decoder gets no gradient (GAD Section 4.5).
     """
 
     def __init__(

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from enfilade.errors import UserError
-from enfilade.models.encoders import Encoder
+from enfilade.models.encoders import Encoder, pad_to_multiple
 from enfilade.types import Output
 
 
@@ -21,13 +21,9 @@ class FPN(nn.Module):
         self.net = smp.FPN(f"tu-{encoder}", encoder_weights=None, classes=classes)
         ours = Encoder(encoder, weights=weights)  # the same file, checks and colour normalisation as ours
         self.loaded = ours.loaded
-        inner = self.net.encoder.model
-        inner.load_state_dict(ours.net.state_dict())
+        self.net.encoder.model = ours.net
         self.register_buffer("mean", ours.mean, persistent=False)
         self.register_buffer("std", ours.std, persistent=False)
-        for theirs, mine in zip(inner.modules(), ours.net.modules()):
-            if isinstance(mine, nn.Conv2d) and type(theirs) is not type(mine):
-                raise UserError("segmentation_models_pytorch built another encoder than timm did: update both")
 
     @property
     def parts(self) -> dict[str, list[nn.Module]]:
@@ -35,8 +31,6 @@ class FPN(nn.Module):
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Output:
         h, w = image.shape[-2:]
-        from enfilade.models.encoders import pad_to_multiple
-
         x = pad_to_multiple((image - self.mean) / self.std, 32)
         logits: torch.Tensor = self.net(x)
         return Output(logits=logits[..., :h, :w])
