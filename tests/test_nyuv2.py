@@ -46,7 +46,7 @@ def make_folder(root, ids, size=(48, 64), bits=16, endings="jpg", **lists):
 
 def assert_same_picture(a, b, ending):
     """JPEG with halved chroma moves these smooth pictures by two levels on average; swapped channels move them by
-    some forty."""
+    some thirty."""
     assert np.abs(a - b).mean() < (4 / 255 if ending == "jpg" else 1e-6)
 
 

@@ -3,6 +3,7 @@
 No pickle is ever read. Every write goes to a temporary name and is renamed.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -56,11 +57,12 @@ def write(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError
+        reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {path}: {reason}; choose a folder that you may write to") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder is a file, the error above says so
+            temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -73,8 +75,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"no weight file at {path}")
     with open(path, "rb") as file:
-        head = file.read(8)
-    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        head = file.read(9)
+    # Eight bytes of length and then JSON are safetensors, even where the length looks like a pickle (640 is 80 02)
+    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and head[8:] != b"{":
         raise UserError(f"{path} is a pickle, which can run code when it is read: convert it to safetensors first")
     try:
         with safe_open(path, "pt") as file:

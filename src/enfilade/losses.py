@@ -4,7 +4,7 @@ A term takes an `Output`, a `Batch` and the class weights, and returns a scalar.
 logits by nearest neighbour, depth likewise, so that a loss never interpolates over an edge of the truth.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,12 @@ from enfilade.types import IGNORE, Batch, Output
 Weights = Float[Tensor, "k"] | None
 
 
-def nearest(x: Tensor, size: tuple[int, int]) -> Tensor:
+def full(x: Tensor) -> Tensor:
+    """At least fp32 (autocast hands over bf16); float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def nearest(x: Tensor, size: Sequence[int]) -> Tensor:
     """Resize a `b h w` map by nearest neighbour (pixel centres aligned)."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x
@@ -30,9 +35,12 @@ def cross_entropy(
     """Mean over labelled pixels, weighted by class (the mean is over the weights, as `F.cross_entropy` has it);
     0 where nothing is labelled."""
     labels = nearest(labels, logits.shape[-2:])
-    if not (labels != IGNORE).any():
-        return logits.float().sum() * 0
-    return F.cross_entropy(logits.float(), labels, weight, ignore_index=IGNORE)
+    valid = labels != IGNORE
+    if weight is not None:
+        valid = valid & (weight[labels.where(valid, 0)] > 0)  # a batch of weight 0 alone would be 0 / 0
+    if not valid.any():
+        return full(logits).sum() * 0
+    return F.cross_entropy(full(logits), labels, weight, ignore_index=IGNORE)
 
 
 def focal(
@@ -44,7 +52,7 @@ def focal(
     """
     labels = nearest(labels, logits.shape[-2:])
     valid = labels != IGNORE
-    log_p = F.log_softmax(logits.float(), 1).gather(1, labels.where(valid, 0)[:, None])[:, 0]
+    log_p = F.log_softmax(full(logits), 1).gather(1, labels.where(valid, 0)[:, None])[:, 0]
     loss = -((1 - log_p.exp()) ** gamma) * log_p
     scale = valid.float() if weight is None else valid * weight[labels.where(valid, 0)]
     return (loss * scale).sum() / scale.sum().clamp(min=1e-6)
@@ -62,9 +70,9 @@ def depth_berhu(depth: Float[Tensor, "b h w"], target: Float[Tensor, "b _ _"]) -
     # Differs from paper: the mean, not the sum.
     """
     target = nearest(target, depth.shape[-2:])
-    error = (depth.float() - target)[target > 0]  # masked before any arithmetic that could make NaN gradients
+    error = (full(depth) - target)[target > 0]  # masked before any arithmetic that could make NaN gradients
     if error.numel() == 0:
-        return depth.float().sum() * 0
+        return full(depth).sum() * 0
     return berhu(error, 0.2 * error.detach().abs().max()).mean()
 
 
@@ -75,12 +83,12 @@ def depth_scale_invariant(
     per image, averaged over the images that have depth. λ = `variance`: 0 is the RMSE of logs, 1 forgets the scale."""
     target = nearest(target, depth.shape[-2:])
     terms = []
-    for d, t in zip(depth.float(), target):
+    for d, t in zip(full(depth), target):
         valid = t > 0
         if valid.any():
             g = d[valid].clamp(min=1e-3).log() - t[valid].log()
             terms.append((g.square().mean() - variance * g.mean().square()).clamp(min=1e-8).sqrt())
-    return torch.stack(terms).mean() if terms else depth.float().sum() * 0
+    return torch.stack(terms).mean() if terms else full(depth).sum() * 0
 
 
 def depth_gradient(depth: Float[Tensor, "b h w"], target: Float[Tensor, "b _ _"]) -> Float[Tensor, ""]:
@@ -88,8 +96,8 @@ def depth_gradient(depth: Float[Tensor, "b h w"], target: Float[Tensor, "b _ _"]
     where the truth has them (the multi-scale gradient matching of Li & Snavely 2018, Section 4)."""
     target = nearest(target, depth.shape[-2:])
     valid = target > 0
-    g = torch.where(valid, depth.float().clamp(min=1e-3).log() - target.clamp(min=1e-3).log(), 0.0)
-    total, count = depth.float().sum() * 0, 0
+    g = torch.where(valid, full(depth).clamp(min=1e-3).log() - target.clamp(min=1e-3).log(), 0.0)
+    total, count = full(depth).sum() * 0, 0
     for step in (1, 2, 4):
         for dim in (1, 2):
             n = g.shape[dim] - step

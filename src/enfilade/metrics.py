@@ -10,6 +10,7 @@ Arrays are numpy. A tensor's owner calls `.numpy()`; importing this module does 
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import no_type_check
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int64, Integer, Shaped
@@ -44,6 +45,7 @@ def crop(array: Shaped[np.ndarray, "h w *more"], name: str = "nyu") -> Shaped[np
 
 
 @njit(cache=True, nogil=True)
+@no_type_check  # a checked function cannot be compiled
 def _count(pred, target, classes, ignore, counts):
     """Adds to counts[4, k * k]; returns how many pixels had a bad target, a bad prediction, and one example of each."""
     bad_target, bad_pred, example_target, example_pred = 0, 0, 0, 0
@@ -62,6 +64,7 @@ def _count(pred, target, classes, ignore, counts):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def _argmax_count(logits, target, start, stop, ignore, counts):
     """As `_count` on pixels start..stop of logits[k, n]; additionally returns how many logits were NaN."""
     classes, width = len(logits), 512  # one block of running maxima stays in the first-level cache
@@ -100,12 +103,14 @@ def _refuse_labels(kind: str, number, example, classes: int, ignore: int) -> Non
 
 
 def confusion(
-    pred: Integer[np.ndarray, "*s"], target: Integer[np.ndarray, "*s"], classes: int, ignore: int = IGNORE
+    pred: Integer[np.ndarray, "*s"], target: Integer[np.ndarray, "*_s"], classes: int, ignore: int = IGNORE
 ) -> Int64[np.ndarray, "k k"]:
     """Pixel counts, rows = truth, columns = prediction. Pixels whose target is `ignore` are skipped.
 
-    Raises UserError where a counted pixel's label or prediction is not in 0..classes-1: a wrong label space would
-    otherwise pass as a poor score."""
+    Raises UserError where sizes differ, and where a counted pixel's label or prediction is not in 0..classes-1: a wrong
+    label space would otherwise pass as a poor score."""
+    if pred.shape != target.shape:
+        raise UserError(f"a prediction of shape {pred.shape} cannot be scored against labels of {target.shape}")
     counts = np.zeros((4, classes * classes), np.int64)
     bad_target, bad_pred, example_target, example_pred = _count(
         np.ascontiguousarray(pred).reshape(-1), np.ascontiguousarray(target).reshape(-1), classes, ignore, counts
@@ -126,11 +131,14 @@ def confusion_reference(
 
 
 def argmax_confusion(
-    logits: Float32[np.ndarray, "k *s"], target: Integer[np.ndarray, "*s"], ignore: int = IGNORE, threads: int = 1
+    logits: Float32[np.ndarray, "k *s"], target: Integer[np.ndarray, "*_s"], ignore: int = IGNORE, threads: int = 1
 ) -> Int64[np.ndarray, "k k"]:
     """`confusion(logits.argmax(0), target, k)` in one pass, without the label map; the lowest index wins a tie.
 
-    `logits` is read fastest when contiguous. Raises UserError on labels outside 0..k-1 and on NaN logits."""
+    `logits` is read fastest when contiguous. Raises UserError on sizes that differ, labels outside 0..k-1 and
+    NaN logits."""
+    if logits.shape[1:] != target.shape:
+        raise UserError(f"logits of shape {logits.shape} cannot be scored against labels of {target.shape}")
     classes = len(logits)
     flat, labels = np.ascontiguousarray(logits).reshape(classes, -1), np.ascontiguousarray(target).reshape(-1)
     edges = np.linspace(0, len(labels), threads + 1).astype(int)
@@ -197,19 +205,16 @@ class SegmentationScore:
         """Pixels, rows = truth, columns = prediction; rows of ignored classes are zero."""
         return self.counts[: len(self.names)].astype(np.int64)
 
-    def update(self, pred: Integer[np.ndarray, "h w"], target: Integer[np.ndarray, "h w"]) -> None:
+    def update(self, pred: Integer[np.ndarray, "h w"], target: Integer[np.ndarray, "_h _w"]) -> None:
         """Add one image. Labels 0..k-1; target 255 is ignored. Raises UserError on sizes or labels that do not fit."""
-        if pred.shape != target.shape:
-            raise UserError(f"a prediction of shape {pred.shape} cannot be scored against labels of {target.shape}")
         self._add(confusion(pred, target, len(self.names)))
 
     def update_logits(
-        self, logits: Float32[np.ndarray, "k h w"], target: Integer[np.ndarray, "h w"], threads: int = 1
+        self, logits: Float32[np.ndarray, "k h w"], target: Integer[np.ndarray, "_h _w"], threads: int = 1
     ) -> None:
         """As `update(logits.argmax(0), target)`, several times faster."""
-        if logits.shape != (len(self.names), *target.shape):
-            want = (len(self.names), *target.shape)
-            raise UserError(f"logits of shape {logits.shape} cannot be scored: classes and labels ask for {want}")
+        if len(logits) != len(self.names):
+            raise UserError(f"logits of {len(logits)} classes cannot be scored as {len(self.names)} classes")
         self._add(argmax_confusion(logits, target, threads=threads))
 
     def _add(self, matrix: Int64[np.ndarray, "k k"]) -> None:
@@ -271,6 +276,7 @@ _SUMS = ("pixels", "delta1", "delta2", "delta3", "abs_rel", "sq_rel", "square", 
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def _depth_sums(pred, target, minimum, cap):
     """The sums of `_SUMS` over valid pixels of flat arrays, and how many predictions were NaN there."""
     pixels, nan, delta1, delta2, delta3 = 0, 0, 0, 0, 0
@@ -360,7 +366,7 @@ class DepthScore:
         self.average, self.cap, self.minimum, self.crop = average, float(cap), float(minimum), crop
         self.counts = np.zeros(2 + len(_SUMS))
 
-    def update(self, pred: Float[np.ndarray, "h w"], target: Float[np.ndarray, "h w"]) -> None:
+    def update(self, pred: Float[np.ndarray, "h w"], target: Float[np.ndarray, "_h _w"]) -> None:
         """Add one image, metres. Raises UserError on sizes that differ, or a prediction that is NaN where it counts."""
         if pred.shape != target.shape:
             raise UserError(f"a depth map of shape {pred.shape} cannot be scored against one of {target.shape}")

@@ -12,81 +12,22 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from enfilade import checkpoint
-from enfilade.data.transforms import Augment
+from enfilade.data.epochs import batches, class_weights, steps_per_epoch
 from enfilade.errors import UserError
 from enfilade.losses import objective
 from enfilade.stages import Recipe, Stage
-from enfilade.types import Batch, Sample, collate
+from enfilade.types import Batch
 
 log = logging.getLogger(__name__)
-
-
-class Augmented(Dataset):
-    """A reader's samples, augmented as a pure function of (seed, stage, epoch, index)."""
-
-    def __init__(self, reader, recipe: Recipe, stage_index: int):
-        stage = recipe.stages[stage_index]
-        self.reader, self.key = reader, (recipe.seed, stage_index)
-        self.augment = Augment(
-            stage.size, scale=recipe.scale, focal=recipe.focal, zoom=stage.zoom, flip=stage.flip, colour=stage.colour
-        )
-        self.with_depth = supervised(len(reader), recipe.depth_fraction, recipe.seed)
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getitem__(self, item: tuple[int, int]) -> Sample:
-        epoch, index = item
-        sample = self.reader[index]
-        if not self.with_depth[index]:
-            sample = sample.replace(depth=None)
-        return self.augment(sample, np.random.default_rng((*self.key, epoch, index)))
-
-
-def supervised(count: int, fraction: float, seed: int) -> np.ndarray:
-    """Which of `count` samples keep their depth: a random subset, the same in every epoch (GAD Section 4.5)."""
-    chosen = np.zeros(count, bool)
-    chosen[np.random.default_rng((seed, 5)).permutation(count)[: round(fraction * count)]] = True
-    return chosen
-
-
-class Order(Sampler):
-    """Batches of (epoch, index) of this process, from micro-batch `start` to the end of the stage."""
-
-    def __init__(self, count: int, recipe: Recipe, stage_index: int, start: int, rank: int, world: int):
-        stage = recipe.stages[stage_index]
-        self.seed, self.stage = (recipe.seed, stage_index, 1), stage
-        self.count, self.start, self.rank, self.world = count, start, rank, world
-        self.per_epoch = steps_per_epoch(count, stage, world) * stage.accumulate
-
-    def __len__(self) -> int:
-        return self.per_epoch * self.stage.epochs - self.start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        batch = self.stage.batch
-        for epoch in range(self.start // self.per_epoch, self.stage.epochs):
-            order = np.random.default_rng((*self.seed, epoch)).permutation(self.count)
-            needed = self.per_epoch * batch * self.world
-            order = np.resize(order, needed)  # a data set smaller than one batch is repeated
-            first = max(0, self.start - epoch * self.per_epoch)
-            for k in range(first, self.per_epoch):
-                at = (k * self.world + self.rank) * batch
-                yield [(epoch, int(i)) for i in order[at : at + batch]]
-
-
-def steps_per_epoch(count: int, stage: Stage, world: int) -> int:
-    """Updates in an epoch; the remainder of an epoch that fills no batch is dropped (another one in each epoch)."""
-    return max(1, count // (stage.batch * stage.accumulate * world))
 
 
 def learning_rate(stage: Stage, step: int, total: int, per_epoch: int) -> float:
@@ -103,25 +44,8 @@ def learning_rate(stage: Stage, step: int, total: int, per_epoch: int) -> float:
     return 1.0
 
 
-def class_weights(reader, power: float, classes: int) -> Tensor | None:
-    """Median-frequency weights (median_freq / freq_c) to the given power; freq_c counts c's pixels over all pixels of
-    the images that contain c (Eigen & Fergus 2015, Section 6.3.2). Classes that never occur get 0."""
-    if power == 0:
-        return None
-    pixels, area = np.zeros(classes), np.zeros(classes)
-    for i in range(len(reader)):
-        labels = reader.labels(i) if hasattr(reader, "labels") else reader[i].labels
-        counts = np.bincount(labels.ravel(), minlength=256)[:classes]
-        pixels += counts
-        area += (counts > 0) * counts.sum()
-    frequency = pixels / np.maximum(area, 1)
-    seen = frequency > 0
-    weights = np.where(seen, np.median(frequency[seen]) / np.where(seen, frequency, 1), 0) ** power
-    return torch.tensor(weights, dtype=torch.float32)
-
-
 class MovingAverage:
-    """Exponential moving average of weights; buffers (batch-norm statistics) are copied."""
+    """Exponential moving average of weights and batch-norm statistics; counters are copied."""
 
     def __init__(self, network: nn.Module, decay: float):
         self.decay = decay
@@ -212,7 +136,7 @@ def load_state(tensors: dict[str, Tensor], meta: dict, network: nn.Module, optim
         optimiser.load_state_dict({"state": states, "param_groups": meta["groups"]})
 
 
-def model_meta(recipe: Recipe, stage: Stage, ignored: tuple[int, ...], extra: dict[str, Any]) -> dict[str, Any]:
+def model_meta(recipe: Recipe, ignored: tuple[int, ...], extra: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": recipe.model,
         "arguments": recipe.arguments,
@@ -256,174 +180,189 @@ def train(
     Raises:
         UserError: the run folder holds another recipe; a loss that is not finite (the last good state is kept).
     """
-    from accelerate import Accelerator
-
-    out = Path(out)
-    cpu = not torch.cuda.is_available()
-    accelerator = Accelerator(mixed_precision=recipe.precision, cpu=cpu, log_with="tensorboard", project_dir=str(out))
-    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    with accelerator.main_process_first():
-        claim(out, recipe, resume, main)
-
-    torch.manual_seed(recipe.seed)
-    last = out / "last.safetensors"
-    saved = checkpoint.read(last) if resume and last.is_file() else None
-    arguments = recipe.arguments | ({"weights": None} if saved else {})  # the state holds the encoder's weights
-    network = checkpoint.build(recipe.model, arguments).to(memory_format=torch.channels_last)
-    if main and not quiet:
-        trunk = getattr(network, "trunk", network)
-        print(f"{recipe.name}: {'resumed from ' + str(last) if saved else getattr(trunk, 'loaded', 'random weights')}")
-    weights = class_weights(train_data, recipe.class_weighting, recipe.arguments.get("classes", 40))
-    if weights is not None:
-        weights = weights.to(accelerator.device)
-    progress = saved[1]["progress"] if saved else {"stage": 0, "step": 0, "update": 0, "best": -1.0, "scores": {}}
-    ignored = tuple(getattr(train_data, "ignored", ()))
-    accelerator.init_trackers("events")
-
-    updates_here, images_here, waited, begun = 0, 0, 0.0, time.perf_counter()
-    finished = False
-    for stage_index in range(progress["stage"], len(recipe.stages)):
-        stage = recipe.stages[stage_index]
-        freeze(network, stage)
-        optimiser = make_optimiser(network, stage)
-        model, optimiser = accelerator.prepare(network, optimiser)
-        average = MovingAverage(network, stage.ema) if stage.ema else None
-        same = saved is not None and saved[1]["progress"]["stage"] == stage_index
-        if saved is not None:
-            # A state saved at a stage's end already points at the next stage: its optimiser is not ours
-            within = same and progress["step"] > 0
-            load_state(*saved, network, optimiser if within else None, average if within else None)
-            if average is not None and not within:
-                average = MovingAverage(network, stage.ema)
-            saved = None
-        per_epoch = steps_per_epoch(len(train_data), stage, world)
-        total = per_epoch * stage.epochs
-        order = Order(len(train_data), recipe, stage_index, progress["step"] * stage.accumulate, rank, world)
-        loader = iter(
-            DataLoader(
-                Augmented(train_data, recipe, stage_index),
-                batch_sampler=order,
-                collate_fn=collate,
-                num_workers=workers,
-                prefetch_factor=4 if workers else None,
-                generator=torch.Generator().manual_seed(0),  # else the loader draws from the global generator
-                worker_init_fn=one_thread,
-            )
-        )
-        owner = part_of(network)
-        trained = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
-        for step in range(progress["step"], total):
-            update = progress["update"]
-            torch.manual_seed(recipe.seed * 1_000_003 + update * 1009 + rank)
-            for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * learning_rate(stage, step, total, per_epoch)
-            buffers = {k: v.clone() for k, v in network.named_buffers()} if skip_nonfinite else {}
-            parts: dict[str, Tensor] = {}
-            for micro in range(stage.accumulate):
-                waiting = time.perf_counter()
-                batch: Batch = next(loader).to(accelerator.device)
-                waited += time.perf_counter() - waiting
-                images_here += len(batch) * world
-                partial = micro < stage.accumulate - 1
-                context = accelerator.no_sync(model) if partial else accelerator.autocast()
-                with context, accelerator.autocast():
-                    output = model(batch.image, **extra_inputs(network, batch))
-                    loss, values = objective(output, batch, stage.losses, weights)
-                    accelerator.backward(loss / stage.accumulate)
-                parts = {k: parts.get(k, 0) + v / stage.accumulate for k, v in values.items()}
-            norms = clip(trained, owner, stage.clip)
-            if not math.isfinite(sum(norms.values())):
-                # Gradients are reduced over the processes by now, so all of them come to the same decision
-                message = f"stage {stage.name!r}, update {update}: " + describe_nonfinite(parts, norms)
-                optimiser.zero_grad()
-                if not skip_nonfinite:
-                    accelerator.end_training()
-                    kept = f"the last good state is {last}" if last.is_file() else "no state was saved yet"
-                    raise UserError(f"training diverged at {message}; {kept}; lower lr, clip, or skip such updates")
-                for k, v in network.named_buffers():
-                    v.copy_(buffers[k])
-                if main:
-                    log.warning("skipped %s", message)
-            else:
-                optimiser.step()
-                optimiser.zero_grad()
-                if average is not None:
-                    average.update(network, update)
-            updates_here += 1
-            progress |= {"stage": stage_index, "step": step + 1, "update": update + 1}
-            epoch_ends = (step + 1) % per_epoch == 0
-            epoch = (step + 1) // per_epoch
-
-            if main and ((update + 1) % log_every == 0 or step + 1 == total):
-                elapsed = time.perf_counter() - begun
-                rates = {"images_per_second": images_here / elapsed, "data_waiting": waited / elapsed}
-                values = {k: float(v) for k, v in parts.items()}
-                record = {"stage": stage.name, "epoch": step / per_epoch, **values, **rates}
-                accelerator.log({k: v for k, v in record.items() if k != "stage"}, step=update + 1)
-                accelerator.log({f"norm/{k}": v for k, v in norms.items()}, step=update + 1)
-                append(out / "log.jsonl", {"update": update + 1, **record})
-                if not quiet:
-                    losses = "  ".join(f"{k} {v:.3f}" for k, v in values.items())
-                    print(
-                        f"{stage.name} {step + 1}/{total}  epoch {step / per_epoch:.1f}/{stage.epochs}  {losses}  "
-                        f"{rates['images_per_second']:.2f} images/s, waiting for data {rates['data_waiting']:.1%}",
-                        flush=True,
-                    )
-
-            at_end = step + 1 == total
-            if val_data is not None and epoch_ends and (epoch % stage.evaluate_every == 0 or at_end):
-                if main:
-                    pause = time.perf_counter()
-                    with swapped(network, average):
-                        scores = validate(network, recipe, val_data, ignored, accelerator.device)
-                        meta = model_meta(recipe, stage, ignored, {"scores": scores, "epoch": epoch, "stage": stage.name})
-                        if scores["miou"] > progress["best"]:
-                            progress["best"] = scores["miou"]
-                            checkpoint.save_model(out / "best.safetensors", network, meta)
-                    freeze(network, stage)
-                    progress["scores"] = scores
-                    accelerator.log({f"val/{k}": v for k, v in scores.items()}, step=update + 1)
-                    append(out / "log.jsonl", {"update": update + 1, "stage": stage.name, "epoch": epoch, "val": scores})
-                    if not quiet:
-                        print("validation  " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()), flush=True)
-                    begun += time.perf_counter() - pause
-                accelerator.wait_for_everyone()
-            if at_end:
-                progress |= {"stage": stage_index + 1, "step": 0}
-                if average is not None:
-                    network.load_state_dict(average.state)  # the next stage goes on from the averaged weights
-            if main and (at_end or (epoch_ends if save_every == 0 else (update + 1) % save_every == 0)):
-                save_state(last, network, optimiser, average, progress)
-            if stop_after is not None and updates_here >= stop_after and not at_end:
-                if main:
-                    save_state(last, network, optimiser, average, progress)
-                finished = True
-                break
-        del loader
-        progress["step"] = 0 if not finished else progress["step"]
-        if finished:
+    run = Run(recipe, train_data, val_data, Path(out), resume, quiet)
+    run.skip_nonfinite, run.save_every, run.log_every, run.workers = skip_nonfinite, save_every, log_every, workers
+    for index in range(run.progress["stage"], len(recipe.stages)):
+        stopped = run.stage(index, stop_after)
+        if stopped:
             break
-    complete = progress["stage"] == len(recipe.stages)
-    if main and complete:
-        meta = model_meta(recipe, recipe.stages[-1], ignored, {"scores": progress["scores"], "stage": "final"})
-        if saved is not None:
-            load_state(*saved, network, None, None)
-        checkpoint.save_model(out / "final.safetensors", network, meta)
-        if val_data is None:
-            checkpoint.save_model(out / "best.safetensors", network, meta)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    elapsed = max(time.perf_counter() - begun, 1e-9)
-    return {
-        "recipe": recipe.name,
-        "complete": complete,
-        "updates": progress["update"],
-        "images_per_second": images_here / elapsed,
-        "data_waiting": waited / elapsed,
-        "seconds": elapsed,
-        "best_miou": progress["best"],
-        **progress["scores"],
-    }
+    return run.finish()
+
+
+class Run:
+    """A training in progress. `progress` (JSON) says how far it is: the stage, its next step, updates in all."""
+
+    skip_nonfinite, save_every, log_every, workers = False, 0, 20, 1
+
+    def __init__(self, recipe: Recipe, train_data, val_data, out: Path, resume: bool, quiet: bool):
+        from accelerate import Accelerator
+
+        self.recipe, self.train_data, self.val_data, self.out, self.quiet = recipe, train_data, val_data, out, quiet
+        self.accelerator = Accelerator(
+            mixed_precision=recipe.precision,
+            cpu=not torch.cuda.is_available(),
+            log_with="tensorboard",
+            project_dir=str(out),
+        )
+        self.main = self.accelerator.is_main_process
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        with self.accelerator.main_process_first():
+            claim(out, recipe, resume, self.main)
+
+        self.last = out / "last.safetensors"
+        self.saved = checkpoint.read(self.last) if resume and self.last.is_file() else None
+        torch.manual_seed(recipe.seed)
+        arguments = recipe.arguments | (
+            {"weights": None} if self.saved else {}
+        )  # the state holds the encoder's weights
+        self.network = checkpoint.build(recipe.model, arguments).to(memory_format=torch.channels_last)
+        self.progress: dict[str, Any] = {"stage": 0, "step": 0, "update": 0, "best": -1.0, "scores": {}}
+        if self.saved:
+            self.progress = dict(self.saved[1]["progress"])
+            load_state(*self.saved, self.network, None, None)
+        loaded = getattr(self.network, "loaded", None) or getattr(self.network.trunk, "loaded", "random weights")
+        self.say(f"{recipe.name}: {f'resumed from {self.last}' if self.saved else loaded}")
+
+        weights = class_weights(train_data, recipe.class_weighting, recipe.arguments.get("classes", 40))
+        self.class_weights = None if weights is None else weights.to(self.accelerator.device)
+        self.ignored = tuple(getattr(train_data, "ignored", ()))
+        self.accelerator.init_trackers("events")
+        self.updates, self.images, self.waited, self.begun = 0, 0, 0.0, time.perf_counter()
+
+    def say(self, text: str) -> None:
+        if self.main and not self.quiet:
+            print(text, flush=True)
+
+    def stage(self, index: int, stop_after: int | None) -> bool:
+        """Run a stage from where `progress` stands; True if `stop_after` ended it early."""
+        stage = self.recipe.stages[index]
+        freeze(self.network, stage)
+        optimiser = make_optimiser(self.network, stage)
+        self.model, self.optimiser = self.accelerator.prepare(self.network, optimiser)
+        self.average = MovingAverage(self.network, stage.ema) if stage.ema else None
+        first = self.progress["step"]
+        if self.saved and first > 0:  # a state saved at a stage's end (step 0 of the next) brings only weights
+            load_state(*self.saved, self.network, self.optimiser, self.average)
+        self.saved = None
+        per_epoch = steps_per_epoch(len(self.train_data), stage, self.world)
+        total = per_epoch * stage.epochs
+        start = first * stage.accumulate
+        loader = batches(self.train_data, self.recipe, index, start, self.rank, self.world, self.workers)
+        self.owner = part_of(self.network)
+        for step in range(first, total):
+            for group in self.optimiser.param_groups:
+                group["lr"] = group["peak"] * learning_rate(stage, step, total, per_epoch)
+            losses, norms = self.update(stage, loader)
+            epoch, into_epoch = divmod(step + 1, per_epoch)
+            ends_epoch, ends_stage = into_epoch == 0, step + 1 == total
+            self.updates += 1
+            self.progress |= {"stage": index, "step": step + 1, "update": self.progress["update"] + 1}
+            if self.main and (self.progress["update"] % self.log_every == 0 or ends_stage):
+                self.log(stage, f"{step + 1}/{total}", (step + 1) / per_epoch, losses, norms)
+            if self.val_data is not None and ends_epoch and (epoch % stage.evaluate_every == 0 or ends_stage):
+                self.validate(stage, epoch)
+            if ends_stage:
+                self.progress |= {"stage": index + 1, "step": 0}
+                if self.average is not None:
+                    self.network.load_state_dict(self.average.state)  # the next stage goes on from the average
+            stops = stop_after is not None and self.updates >= stop_after
+            due = ends_epoch if self.save_every == 0 else self.progress["update"] % self.save_every == 0
+            if self.main and (due or ends_stage or stops):
+                save_state(self.last, self.network, self.optimiser, self.average, self.progress)
+            if stops:
+                return True
+        return False
+
+    def update(self, stage: Stage, loader: Iterator[Batch]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """One optimiser step; returns the losses and each part's gradient norm before clipping."""
+        # dropout is a function of the update, not of what was drawn before it
+        torch.manual_seed(self.recipe.seed * 1_000_003 + self.progress["update"] * 1009 + self.rank)
+        buffers = {k: v.clone() for k, v in self.network.named_buffers()} if self.skip_nonfinite else {}
+        losses: dict[str, Tensor] = {}
+        for micro in range(stage.accumulate):
+            asked = time.perf_counter()
+            batch = next(loader).to(self.accelerator.device)
+            self.waited += time.perf_counter() - asked
+            self.images += len(batch) * self.world
+            last = micro == stage.accumulate - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model), self.accelerator.autocast():
+                output = self.model(batch.image, **extra_inputs(self.network, batch))
+                loss, terms = objective(output, batch, stage.losses, self.class_weights)
+                self.accelerator.backward(loss / stage.accumulate)
+            losses = {k: losses.get(k, 0) + v / stage.accumulate for k, v in terms.items()}
+        norms = clip(self.network, self.owner, stage.clip)
+        # Gradients are reduced over the processes by now, so all of them come to the same decision.
+        if math.isfinite(sum(norms.values())):
+            self.optimiser.step()
+            if self.average is not None:
+                self.average.update(self.network, self.progress["update"])
+        else:
+            self.nonfinite(f"stage {stage.name!r}, update {self.progress['update']}: {what_broke(losses, norms)}")
+            for k, v in self.network.named_buffers():
+                v.copy_(buffers[k])
+        self.optimiser.zero_grad()
+        return losses, norms
+
+    def nonfinite(self, where: str) -> None:
+        """Stop, or go on under `skip_nonfinite`."""
+        if self.skip_nonfinite:
+            if self.main:
+                log.warning("skipped %s", where)
+            return
+        self.accelerator.end_training()
+        kept = f"the last good state is {self.last}" if self.last.is_file() else "no state was saved yet"
+        raise UserError(f"training diverged at {where}; {kept}; lower lr, clip, or skip such updates")
+
+    def log(self, stage: Stage, count: str, epoch: float, losses: dict[str, Tensor], norms: dict[str, float]) -> None:
+        elapsed = time.perf_counter() - self.begun
+        rates = {"images_per_second": self.images / elapsed, "data_waiting": self.waited / elapsed}
+        values = {k: float(v) for k, v in losses.items()}
+        update = self.progress["update"]
+        self.accelerator.log(values | rates | {f"norm/{k}": v for k, v in norms.items()}, step=update)
+        append(self.out / "log.jsonl", {"update": update, "stage": stage.name, "epoch": epoch, **values, **rates})
+        terms = "  ".join(f"{k} {v:.3f}" for k, v in values.items())
+        speed = f"{rates['images_per_second']:.2f} images/s, waiting for data {rates['data_waiting']:.1%}"
+        self.say(f"{stage.name} {count}  epoch {epoch:.1f}/{stage.epochs}  {terms}  {speed}")
+
+    def validate(self, stage: Stage, epoch: int) -> None:
+        """Score the averaged weights on the first process; keep them if they are the best so far."""
+        if self.main:
+            pause = time.perf_counter()
+            with swapped(self.network, self.average):
+                scores = validate(self.network, self.recipe, self.val_data, self.ignored, self.accelerator.device)
+                if scores["miou"] > self.progress["best"]:
+                    self.progress["best"] = scores["miou"]
+                    self.save_model("best.safetensors", {"scores": scores, "stage": stage.name, "epoch": epoch})
+            freeze(self.network, stage)
+            self.progress["scores"] = scores
+            update = self.progress["update"]
+            self.accelerator.log({f"val/{k}": v for k, v in scores.items()}, step=update)
+            append(self.out / "log.jsonl", {"update": update, "stage": stage.name, "epoch": epoch, "val": scores})
+            self.say("validation  " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+            self.begun += time.perf_counter() - pause
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, name: str, extra: dict[str, Any]) -> None:
+        checkpoint.save_model(self.out / name, self.network, model_meta(self.recipe, self.ignored, extra))
+
+    def finish(self) -> dict[str, Any]:
+        complete = self.progress["stage"] == len(self.recipe.stages)
+        if self.main and complete:
+            for name in ["final.safetensors"] + ["best.safetensors"] * (self.val_data is None):
+                self.save_model(name, {"scores": self.progress["scores"], "stage": "final"})
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        elapsed = max(time.perf_counter() - self.begun, 1e-9)
+        return {
+            "recipe": self.recipe.name,
+            "complete": complete,
+            "updates": self.progress["update"],
+            "seconds": elapsed,
+            "images_per_second": self.images / elapsed,
+            "data_waiting": self.waited / elapsed,
+            "best_miou": self.progress["best"],
+            **self.progress["scores"],
+        }
 
 
 def claim(out: Path, recipe: Recipe, resume: bool, main: bool) -> None:
@@ -437,13 +376,12 @@ def claim(out: Path, recipe: Recipe, resume: bool, main: bool) -> None:
     if main:
         try:
             out.mkdir(parents=True, exist_ok=True)
+            if not resume:  # else an early crash would leave the old recipe's state under the new one's name
+                (out / "last.safetensors").unlink(missing_ok=True)
             path.write_text(text)
         except OSError as error:
-            raise UserError(f"cannot write to {out}: {error.strerror}; choose a folder that you may write to") from error
-
-
-def one_thread(_: int) -> None:
-    torch.set_num_threads(1)
+            reason = error.strerror or error
+            raise UserError(f"cannot write to {out}: {reason}; choose a folder that you may write to") from error
 
 
 def extra_inputs(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -453,28 +391,27 @@ def extra_inputs(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
     missing = [k for k, v in inputs.items() if v is None]
     if missing:
         raise UserError(f"this recipe needs {missing[0]} in its data: open the data set with {missing[0]}=True")
-    if getattr(network, "depth", None) is not None and batch.depth is not None:
-        inputs["has_depth"] = batch.has_depth
+    if getattr(network, "depth", None) is not None:
+        inputs["has_depth"] = batch.has_depth  # also where a whole batch has none
     return inputs
 
 
-def clip(trained, owner: dict[str, str], limits: dict[str, float]) -> dict[str, float]:
+def clip(network: nn.Module, owner: dict[str, str], limits: dict[str, float]) -> dict[str, float]:
     """Clip each part's gradient to its norm; returns all parts' norms before clipping."""
     gradients: dict[str, list[Tensor]] = {}
-    for name, p in trained:
+    for name, p in network.named_parameters():
         if p.grad is not None:
             gradients.setdefault(owner[name], []).append(p.grad)
     norms = {}
     for part, grads in gradients.items():
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        norms[part] = float(norm)
+        norms[part] = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
         if part in limits and math.isfinite(norms[part]) and norms[part] > limits[part]:
             torch._foreach_mul_(grads, limits[part] / norms[part])
     return norms
 
 
-def describe_nonfinite(parts: dict[str, Tensor], norms: dict[str, float]) -> str:
-    bad = [k for k, v in parts.items() if not math.isfinite(float(v))]
+def what_broke(losses: dict[str, Tensor], norms: dict[str, float]) -> str:
+    bad = [k for k, v in losses.items() if not math.isfinite(float(v))]
     if bad:
         return f"the loss {' and '.join(bad)} is NaN or infinite"
     return f"the gradient of {' and '.join(k for k, v in norms.items() if not math.isfinite(v))} is NaN or infinite"
@@ -501,7 +438,7 @@ def validate(network: nn.Module, recipe: Recipe, reader, ignored: tuple[int, ...
     from enfilade.evaluate import score
     from enfilade.predict import Predictor
 
-    meta = model_meta(recipe, recipe.stages[-1], ignored, {})
+    meta = model_meta(recipe, ignored, {})
     precision = "bf16" if recipe.precision == "bf16" else "fp32"
     predictor = Predictor(checkpoint.Loaded(network.eval(), meta), flip=False, precision=precision, device=device)
     result = score(predictor, reader, quiet=True)

@@ -36,11 +36,19 @@ def _load(path: str | os.PathLike) -> np.ndarray:
     return data
 
 
-def read_rgb(path: str | os.PathLike) -> Float32[np.ndarray, "h w 3"]:
-    """A colour image, RGB in [0, 1]; grey becomes colour, alpha is dropped."""
-    image = cv2.imdecode(_load(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+def _decode(path: str | os.PathLike, data: np.ndarray, flags: int) -> np.ndarray:
+    try:
+        image = cv2.imdecode(data, flags)
+    except cv2.error as error:  # a header that asks for more than 2^30 pixels
+        raise UserError(f"{path} is no readable image ({error.err or error})") from error
     if image is None:
         raise UserError(f"{path} is no readable image")
+    return image
+
+
+def read_rgb(path: str | os.PathLike) -> Float32[np.ndarray, "h w 3"]:
+    """A colour image, RGB in [0, 1]; grey becomes colour, alpha is dropped."""
+    image = _decode(path, _load(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     return np.multiply(image, np.float32(1 / 255), dtype=np.float32)
 
@@ -51,11 +59,9 @@ def read_map(path: str | os.PathLike) -> Shaped[np.ndarray, "h w"]:
     if data[:4].tobytes() == b"\x89PNG" and data.size > 25 and data[25] == _PALETTE:
         try:
             return np.array(PIL.Image.open(BytesIO(data.tobytes()), formats=("PNG",)))
-        except (OSError, SyntaxError) as error:
+        except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
             raise UserError(f"{path} is no readable image ({error})") from error
-    image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED | cv2.IMREAD_ANYDEPTH)
-    if image is None:
-        raise UserError(f"{path} is no readable image")
+    image = _decode(path, data, cv2.IMREAD_UNCHANGED)
     if image.ndim != 2:
         raise UserError(f"{path} has {image.shape[2]} channels: a depth or label image has one")
     return image

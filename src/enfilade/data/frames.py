@@ -233,8 +233,11 @@ def _put(found: dict[str, Path], stem: str, path: Path):
 def _metres_per_unit(unit: str | float | None) -> float | None:
     if unit is None:
         return None
-    scale = UNITS.get(unit) if isinstance(unit, str) else float(unit)
-    if scale is None or not 0 < scale < np.inf:
+    try:
+        scale = UNITS[unit] if unit in UNITS else float(unit)
+    except ValueError:
+        scale = 0.0
+    if not 0 < scale < np.inf:
         raise UserError(f"depth_unit {unit!r} is not 'mm', 'm' or a positive number (metres per stored unit)")
     return scale
 

@@ -1,10 +1,10 @@
-"""The large pieces: seats, beds, tables, cases, kitchen and bathroom. Each maker draws its own proportions, style and
+"""The large pieces: seats, beds, tables and cases. Each maker draws its own proportions, style and
 colours from the room's `Materials` and returns a `Thing` with its back on y = 0, facing +y."""
 
 import numpy as np
 
 from enfilade.data import room_objects as small
-from enfilade.data.room_materials import DOTS, FLORAL, GRANITE, MARBLE, PLAIN, STRIPES, WOOD, Materials
+from enfilade.data.room_materials import MARBLE, PLAIN, WOOD, Materials
 from enfilade.data.room_mesh import Thing, Top, box, cushion, cylinder, ellipsoid, hexa, lathe, prism, sheet, tube
 
 
@@ -27,14 +27,23 @@ def _legs(x0, x1, y0, y1, z, width, taper=0.6, splay=0.0, kind="square"):
 def _knob(m: Materials, thing: Thing, metal: int, x, y, z, kind: int, width=0.1, upright=False):
     """A knob, a bar or a bow on a front at y."""
     if kind == 0:
-        thing.add(metal, ellipsoid(x, y + 0.014, z, 0.014, 0.014, 0.014, n=8, rings=6), tube([(x, y, z), (x, y + 0.012, z)], 0.006, 6))
+        thing.add(
+            metal,
+            ellipsoid(x, y + 0.014, z, 0.014, 0.014, 0.014, n=8, rings=6),
+            tube([(x, y, z), (x, y + 0.012, z)], 0.006, 6),
+        )
     else:
         dx, dz = (0, width / 2) if upright else (width / 2, 0)
-        path = [(x - dx, y - 0.002, z - dz), (x - dx, y + 0.025, z - dz), (x + dx, y + 0.025, z + dz), (x + dx, y - 0.002, z + dz)]
+        path = [
+            (x - dx, y - 0.002, z - dz),
+            (x - dx, y + 0.025, z - dz),
+            (x + dx, y + 0.025, z + dz),
+            (x + dx, y - 0.002, z + dz),
+        ]
         thing.add(metal, tube(path, 0.006, 6))
 
 
-def _front(m: Materials, thing: Thing, wood: int, metal: int, x0, x1, z0, z1, y, style: int, handle: int, side=0):
+def front(m: Materials, thing: Thing, wood: int, metal: int, x0, x1, z0, z1, y, style: int, handle: int, side=0):
     """A door (side -1 or 1: where its handle is) or a drawer front (side 0), plain or with a raised or sunk panel."""
     gap = 0.003
     x0, x1, z0, z1 = x0 + gap, x1 - gap, z0 + gap, z1 - gap
@@ -80,13 +89,34 @@ def case(m: Materials, label: str, width, depth, height, rows, columns, wood=Non
         for column in range(columns):
             x0 = -width / 2 + 0.01 + column * (width - 0.02) / columns
             side = 0 if row not in doors else (1 if column % 2 == 0 and columns > 1 else -1)
-            _front(m, thing, wood, metal, x0, x0 + (width - 0.02) / columns, edges[row], edges[row + 1], body, style, handle, side)
+            front(
+                m,
+                thing,
+                wood,
+                metal,
+                x0,
+                x0 + (width - 0.02) / columns,
+                edges[row],
+                edges[row + 1],
+                body,
+                style,
+                handle,
+                side,
+            )
     thing.tops.append(Top(-width / 2, width / 2, 0.02, depth, height, 0.6, "case"))
     return thing
 
 
 def dresser(m):
-    return case(m, "dresser", m.uniform(0.8, 1.5), m.uniform(0.42, 0.55), m.uniform(0.75, 1.25), int(m.rng.integers(3, 6)), int(m.rng.integers(1, 3)))
+    return case(
+        m,
+        "dresser",
+        m.uniform(0.8, 1.5),
+        m.uniform(0.42, 0.55),
+        m.uniform(0.75, 1.25),
+        int(m.rng.integers(3, 6)),
+        int(m.rng.integers(1, 3)),
+    )
 
 
 def night_stand(m):
@@ -98,13 +128,41 @@ def night_stand(m):
 
 def cabinet(m):
     if m.rng.random() < 0.45:  # a wardrobe
-        return case(m, "cabinet", m.uniform(0.8, 1.8), m.uniform(0.5, 0.62), m.uniform(1.7, 2.2), int(m.rng.integers(1, 3)), int(m.rng.integers(2, 4)), doors=(int(m.rng.integers(1, 2)) - 0,) if False else (0,))
+        return case(
+            m,
+            "cabinet",
+            m.uniform(0.8, 1.8),
+            m.uniform(0.5, 0.62),
+            m.uniform(1.7, 2.2),
+            int(m.rng.integers(1, 3)),
+            int(m.rng.integers(2, 4)),
+            doors=(int(m.rng.integers(1, 2)) - 0,) if False else (0,),
+        )
     rows = int(m.rng.integers(1, 4))
-    return case(m, "cabinet", m.uniform(0.7, 1.6), m.uniform(0.38, 0.5), m.uniform(0.7, 1.3), rows, int(m.rng.integers(2, 4)), doors=(0,))
+    return case(
+        m,
+        "cabinet",
+        m.uniform(0.7, 1.6),
+        m.uniform(0.38, 0.5),
+        m.uniform(0.7, 1.3),
+        rows,
+        int(m.rng.integers(2, 4)),
+        doors=(0,),
+    )
 
 
 def file_cabinet(m):
-    return case(m, "cabinet", m.uniform(0.4, 0.48), m.uniform(0.5, 0.62), m.uniform(0.7, 1.35), int(m.rng.integers(2, 5)), 1, wood=m.add(PLAIN, m.grey(0.3, 0.75), specular=0.3), legs=0.02)
+    return case(
+        m,
+        "cabinet",
+        m.uniform(0.4, 0.48),
+        m.uniform(0.5, 0.62),
+        m.uniform(0.7, 1.35),
+        int(m.rng.integers(2, 5)),
+        1,
+        wood=m.add(PLAIN, m.grey(0.3, 0.75), specular=0.3),
+        legs=0.02,
+    )
 
 
 def bookshelf(m):
@@ -113,7 +171,9 @@ def bookshelf(m):
     width, depth, height = m.uniform(0.6, 1.3), m.uniform(0.24, 0.34), m.uniform(0.9, 2.1)
     wood = m.wood(rng.integers(3))
     thing, t = Thing.of("bookshelf"), m.uniform(0.018, 0.03)
-    thing.add(wood, box(-width / 2, -width / 2 + t, 0, depth, 0, height), box(width / 2 - t, width / 2, 0, depth, 0, height))
+    thing.add(
+        wood, box(-width / 2, -width / 2 + t, 0, depth, 0, height), box(width / 2 - t, width / 2, 0, depth, 0, height)
+    )
     thing.add(wood, box(-width / 2 + t, width / 2 - t, 0, 0.012, 0, height))
     levels = np.linspace(0.05, height - t, max(3, round(height / m.uniform(0.3, 0.38)) + 1))
     for z in levels:
@@ -136,7 +196,12 @@ def _fill_shelf(m, thing, x0, x1, y0, y1, z, room, full):
         thing.include(small.book_row(m, x0 + 0.004, stop, y0, y1, room), z=z)
         x0 = stop + 0.03
     elif roll < 0.85:
-        thing.include(small.box_carton(m, width=min(0.3, x1 - x0 - 0.04), depth=y1 - y0 - 0.03, height=room * 0.7), x=(x0 + x1) / 2, y=y0 + 0.01, z=z)
+        thing.include(
+            small.box_carton(m, width=min(0.3, x1 - x0 - 0.04), depth=y1 - y0 - 0.03, height=room * 0.7),
+            x=(x0 + x1) / 2,
+            y=y0 + 0.01,
+            z=z,
+        )
         return
     while x1 - x0 > 0.12:
         prop = small.trinket(m, min(room * 0.85, 0.3), min(0.2, x1 - x0, y1 - y0))
@@ -188,16 +253,29 @@ def chair(m, wood=None, seat=None):
     thing = Thing.of("chair")
     y0 = lean  # the back leans towards y = 0
     kind = "round" if round_legs else "square"
-    thing.add(wood, *_legs(-width / 2, width / 2, y0, y0 + depth, level - 0.03, leg, 0.65, 0.01 if not round_legs else 0.03, kind))
+    thing.add(
+        wood,
+        *_legs(-width / 2, width / 2, y0, y0 + depth, level - 0.03, leg, 0.65, 0.01 if not round_legs else 0.03, kind),
+    )
     thing.add(wood, box(-width / 2, width / 2, y0, y0 + depth, level - 0.04, level - 0.012, bevel=0.008))
     if rng.random() < 0.6:
-        thing.add(seat, cushion(-width / 2 + 0.01, width / 2 - 0.01, y0 + 0.015, y0 + depth - 0.005, level - 0.015, level + 0.035, 0.3))
+        thing.add(
+            seat,
+            cushion(
+                -width / 2 + 0.01, width / 2 - 0.01, y0 + 0.015, y0 + depth - 0.005, level - 0.015, level + 0.035, 0.3
+            ),
+        )
     if rng.random() < 0.6:  # rungs
         z = m.uniform(0.12, 0.22)
         for x in (-width / 2 + leg / 2, width / 2 - leg / 2):
             thing.add(wood, tube([(x, y0 + leg / 2, z), (x, y0 + depth - leg / 2, z)], 0.01, 6))
-        thing.add(wood, tube([(-width / 2 + leg / 2, y0 + depth / 2, z), (width / 2 - leg / 2, y0 + depth / 2, z)], 0.01, 6))
-    posts = [[(x, y0 + leg / 2, level - 0.04), (x, y0 * 0.55 + 0.012, (level + height) / 2), (x, 0.016, height)] for x in (-width / 2 + leg / 2, width / 2 - leg / 2)]
+        thing.add(
+            wood, tube([(-width / 2 + leg / 2, y0 + depth / 2, z), (width / 2 - leg / 2, y0 + depth / 2, z)], 0.01, 6)
+        )
+    posts = [
+        [(x, y0 + leg / 2, level - 0.04), (x, y0 * 0.55 + 0.012, (level + height) / 2), (x, 0.016, height)]
+        for x in (-width / 2 + leg / 2, width / 2 - leg / 2)
+    ]
     for path in posts:
         thing.add(wood, tube(path, [leg * 0.5, leg * 0.45, leg * 0.38], 8))
 
@@ -208,7 +286,9 @@ def chair(m, wood=None, seat=None):
     if style == 0:  # slats across
         for z in np.linspace(level + 0.14, height - 0.03, int(rng.integers(2, 5))):
             y = back_y(z)
-            thing.add(wood, box(-inner / 2 - 0.01, inner / 2 + 0.01, y - 0.009, y + 0.009, z - 0.028, z + 0.028, bevel=0.004))
+            thing.add(
+                wood, box(-inner / 2 - 0.01, inner / 2 + 0.01, y - 0.009, y + 0.009, z - 0.028, z + 0.028, bevel=0.004)
+            )
     elif style == 1:  # spindles
         thing.add(wood, box(-width / 2, width / 2, 0.004, 0.034, height - 0.06, height + 0.005, bevel=0.008))
         for x in np.linspace(-inner / 2 + 0.02, inner / 2 - 0.02, int(rng.integers(3, 7))):
@@ -223,7 +303,10 @@ def chair(m, wood=None, seat=None):
     if rng.random() < 0.25:
         for x in (-width / 2 + 0.012, width / 2 - 0.012):
             z = level + 0.2
-            thing.add(wood, tube([(x, back_y(z), z), (x, y0 + depth * 0.8, z), (x, y0 + depth * 0.82, level - 0.02)], 0.014, 8))
+            thing.add(
+                wood,
+                tube([(x, back_y(z), z), (x, y0 + depth * 0.8, z), (x, y0 + depth * 0.82, level - 0.02)], 0.014, 8),
+            )
     thing.tops.append(Top(-0.15, 0.15, y0 + 0.08, y0 + depth - 0.05, level + 0.036, 0.3, "seat"))
     return thing
 
@@ -234,7 +317,11 @@ def office_chair(m):
     for k in range(5):
         a = k * 2 * np.pi / 5 + 0.3
         x1, y1 = 0.28 * np.cos(a), y + 0.28 * np.sin(a)
-        thing.add(m.dark, tube([(0, y, 0.1), (x1, y1, 0.07)], [0.024, 0.015], 8), ellipsoid(x1, y1, 0.03, 0.03, 0.03, 0.03, n=10, rings=7))
+        thing.add(
+            m.dark,
+            tube([(0, y, 0.1), (x1, y1, 0.07)], [0.024, 0.015], 8),
+            ellipsoid(x1, y1, 0.03, 0.03, 0.03, 0.03, n=10, rings=7),
+        )
     thing.add(m.metal, cylinder(0, y, 0.08, level - 0.03, 0.025))
     thing.add(seat, cushion(-0.24, 0.24, y - 0.23, y + 0.24, level - 0.04, level + 0.05, 0.4))
     thing.add(m.dark, tube([(0, y - 0.1, level - 0.03), (0, 0.06, level), (0, 0.05, level + 0.25)], 0.018, 8))
@@ -242,7 +329,11 @@ def office_chair(m):
     thing.add(seat, cushion(-0.22, 0.22, -0.035, 0.035, 0, high, 0.45).turned(x=0.1).moved(y=0.11, z=level + 0.12))
     if m.rng.random() < 0.7:
         for x in (-0.27, 0.27):
-            thing.add(m.dark, tube([(x * 0.85, y, level - 0.02), (x, y, level), (x, y, level + 0.2)], 0.014, 8), box(x - 0.03, x + 0.03, y - 0.12, y + 0.13, level + 0.2, level + 0.23, bevel=0.01))
+            thing.add(
+                m.dark,
+                tube([(x * 0.85, y, level - 0.02), (x, y, level), (x, y, level + 0.2)], 0.014, 8),
+                box(x - 0.03, x + 0.03, y - 0.12, y + 0.13, level + 0.2, level + 0.23, bevel=0.01),
+            )
     return thing
 
 
@@ -261,16 +352,26 @@ def sofa(m, seats: int | None = None):
     rolled = rng.random() < 0.4
     for side in (-1, 1):
         x = side * (width / 2 - arm / 2)
-        thing.add(cloth, box(x - arm / 2, x + arm / 2, 0.01, depth, foot + 0.01, arm_high - (arm / 2 if rolled else 0), bevel=0.03))
+        thing.add(
+            cloth,
+            box(x - arm / 2, x + arm / 2, 0.01, depth, foot + 0.01, arm_high - (arm / 2 if rolled else 0), bevel=0.03),
+        )
         if rolled:
-            thing.add(cloth, tube([(x, 0.01, arm_high - arm / 2), (x, depth + 0.01, arm_high - arm / 2)], arm * 0.56, 14))
+            thing.add(
+                cloth, tube([(x, 0.01, arm_high - arm / 2), (x, depth + 0.01, arm_high - arm / 2)], arm * 0.56, 14)
+            )
     inner = width - 2 * arm
     each = inner / seats
     tilt = m.uniform(0.08, 0.2)
     for k in range(seats):
         x0 = -inner / 2 + k * each
         thing.add(cloth, cushion(x0 + 0.004, x0 + each - 0.004, 0.17, depth + 0.012, level - 0.13, level + 0.02, 0.22))
-        thing.add(cloth, cushion(x0 + 0.006, x0 + each - 0.006, -0.09, 0.09, 0, high - level + 0.04, 0.28).turned(x=tilt).moved(y=0.27, z=level + 0.005))
+        thing.add(
+            cloth,
+            cushion(x0 + 0.006, x0 + each - 0.006, -0.09, 0.09, 0, high - level + 0.04, 0.28)
+            .turned(x=tilt)
+            .moved(y=0.27, z=level + 0.005),
+        )
     if seats > 1:
         for _ in range(int(rng.integers(0, 4))):
             k = rng.integers(seats)
@@ -297,10 +398,24 @@ def bed(m):
     high = m.uniform(0.85, 1.25)
     y0 = 0.06
     if rng.random() < 0.6:
-        thing.add(wood, box(-width / 2 - 0.03, width / 2 + 0.03, y0, y0 + length, level - thick - 0.1, level - thick + 0.02, bevel=0.008))
+        thing.add(
+            wood,
+            box(
+                -width / 2 - 0.03,
+                width / 2 + 0.03,
+                y0,
+                y0 + length,
+                level - thick - 0.1,
+                level - thick + 0.02,
+                bevel=0.008,
+            ),
+        )
         thing.add(wood, *_legs(-width / 2, width / 2, y0 + 0.03, y0 + length - 0.03, level - thick - 0.09, 0.07, 0.8))
     else:
-        thing.add(m.fabric(plain=0.8), box(-width / 2 - 0.005, width / 2 + 0.005, y0, y0 + length, 0.04, level - thick + 0.01, bevel=0.015))
+        thing.add(
+            m.fabric(plain=0.8),
+            box(-width / 2 - 0.005, width / 2 + 0.005, y0, y0 + length, 0.04, level - thick + 0.01, bevel=0.015),
+        )
         thing.add(m.dark, box(-width / 2 + 0.1, width / 2 - 0.1, y0 + 0.1, y0 + length - 0.1, 0, 0.05))
     thing.add(linen, cushion(-width / 2, width / 2, y0 + 0.005, y0 + length, level - thick, level, 0.15))
     style = int(rng.integers(4))
@@ -315,9 +430,16 @@ def bed(m):
             thing.add(cloth, cushion(x0 + 0.002, x0 + (width + 0.06) / count - 0.002, 0, 0.09, 0.15, high, 0.25))
     elif style == 2:  # bars
         for z in (level + 0.02, high):
-            thing.add(metal, tube([(-width / 2, 0.025, z), (0, 0.025, z + 0.06 * (z == high)), (width / 2, 0.025, z)], 0.016, 8))
+            thing.add(
+                metal,
+                tube([(-width / 2, 0.025, z), (0, 0.025, z + 0.06 * (z == high)), (width / 2, 0.025, z)], 0.016, 8),
+            )
         for x in (-width / 2, width / 2):
-            thing.add(metal, tube([(x, 0.025, 0), (x, 0.025, high + 0.02)], 0.022, 10), ellipsoid(x, 0.025, high + 0.04, 0.03, 0.03, 0.03, n=10, rings=7))
+            thing.add(
+                metal,
+                tube([(x, 0.025, 0), (x, 0.025, high + 0.02)], 0.022, 10),
+                ellipsoid(x, 0.025, high + 0.04, 0.03, 0.03, 0.03, n=10, rings=7),
+            )
         for x in np.linspace(-width / 2, width / 2, int(rng.integers(5, 11)))[1:-1]:
             thing.add(metal, tube([(x, 0.025, level - 0.1), (x, 0.025, high + 0.02)], 0.009, 6))
     if rng.random() < 0.35 and style != 1:
@@ -328,7 +450,12 @@ def bed(m):
             for x in np.linspace(-width / 2, width / 2, 7):
                 thing.add(metal, tube([(x, y, 0), (x, y, top)], 0.012, 6))
         else:
-            thing.add(wood, box(-width / 2 - 0.04, width / 2 + 0.04, y0 + length + 0.005, y0 + length + 0.05, 0.02, top, bevel=0.012))
+            thing.add(
+                wood,
+                box(
+                    -width / 2 - 0.04, width / 2 + 0.04, y0 + length + 0.005, y0 + length + 0.05, 0.02, top, bevel=0.012
+                ),
+            )
     rows = 1 if rng.random() < 0.7 else 2
     if rng.random() < 0.9:
         start = y0 + length * (m.uniform(0.28, 0.5) if rng.random() < 0.75 else 0.7)
@@ -341,8 +468,16 @@ def bed(m):
         for k in range(count):
             x = (k - (count - 1) / 2) * width / count
             pillow = small.pillow(m, material=linen if row == 0 and rng.random() < 0.5 else None)
-            thing.include(pillow, x=x + rng.uniform(-0.03, 0.03), y=y0 + 0.07 + 0.28 * row, z=level - 0.01, turn=rng.uniform(-0.1, 0.1))
-    thing.tops.append(Top(-width * 0.4, width * 0.4, y0 + 0.75 + 0.2 * rows, y0 + length - 0.15, level + 0.035, 0.4, "bed"))
+            thing.include(
+                pillow,
+                x=x + rng.uniform(-0.03, 0.03),
+                y=y0 + 0.07 + 0.28 * row,
+                z=level - 0.01,
+                turn=rng.uniform(-0.1, 0.1),
+            )
+    thing.tops.append(
+        Top(-width * 0.4, width * 0.4, y0 + 0.75 + 0.2 * rows, y0 + length - 0.15, level + 0.035, 0.4, "bed")
+    )
     return thing
 
 
@@ -350,7 +485,14 @@ def _blanket(m, width, y0, y1, level, drop):
     """A cover over the bed's width, hanging down on both sides and over the foot, with soft wrinkles."""
     rng, over = m.rng, 0.025
     half = width / 2 + over
-    profile = np.array([(-half - 0.012, level - drop), (-half - 0.006, level - drop * 0.5), (-half, level - 0.03), (-half + 0.035, level + 0.022)])
+    profile = np.array(
+        [
+            (-half - 0.012, level - drop),
+            (-half - 0.006, level - drop * 0.5),
+            (-half, level - 0.03),
+            (-half + 0.035, level + 0.022),
+        ]
+    )
     across = np.linspace(-half + 0.035, half - 0.035, 18)[1:-1]
     left = np.concatenate([profile, np.stack([across, np.full(16, level + 0.024)], 1), profile[::-1] * [-1, 1]])
     ys = np.concatenate([np.linspace(y0, y1 - 0.02, 22), [y1 + 0.015, y1 + 0.022, y1 + 0.028]])
@@ -360,7 +502,9 @@ def _blanket(m, width, y0, y1, level, drop):
     grid[..., 2] = np.minimum(left[:, 1], level + 0.024 - lower[:, None])
     grid[..., 2] = np.maximum(grid[..., 2], level - drop)
     phase, waves = rng.uniform(0, 6.3, 3), rng.uniform(4, 11, 3)
-    wrinkle = sum(np.sin(grid[..., 0] * a + grid[..., 1] * b + p) for a, b, p in zip(waves, waves[::-1], phase, strict=True))
+    wrinkle = sum(
+        np.sin(grid[..., 0] * a + grid[..., 1] * b + p) for a, b, p in zip(waves, waves[::-1], phase, strict=True)
+    )
     grid[..., 2] += 0.006 * (wrinkle + 3) * (grid[..., 2] > level)
     girth = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(left, axis=0), axis=1))])
     length = ys + lower
@@ -375,13 +519,48 @@ def table(m, width=None, depth=None, height=None, label="table"):
     depth = m.uniform(0.75, 0.98) if depth is None else depth
     height = m.uniform(0.71, 0.77) if height is None else height
     wood = m.wood(rng.integers(3))
-    top = wood if rng.random() < 0.7 else [m.white, m.add(MARBLE, (0.88, 0.87, 0.85), (0.45, 0.44, 0.44), specular=0.4, reflect=0.05), m.dark][rng.integers(3)]
+    top = (
+        wood
+        if rng.random() < 0.7
+        else [m.white, m.add(MARBLE, (0.88, 0.87, 0.85), (0.45, 0.44, 0.44), specular=0.4, reflect=0.05), m.dark][
+            rng.integers(3)
+        ]
+    )
     thick, thing = m.uniform(0.022, 0.045), Thing.of(label)
     style = rng.random()
     if style < 0.25 and label == "table":  # round, on a pedestal
         radius = min(width, 1.3) / 2
-        thing.add(top, lathe([(radius * 0.97, height - thick), (radius, height - thick * 0.6), (radius, height - 0.004), (radius - 0.006, height)], 0, radius, n=36))
-        thing.add(wood, lathe([(0.28, 0), (0.27, 0.03), (0.06, 0.08), (0.05, 0.3), (0.075, 0.45), (0.05, height - 0.1), (0.16, height - thick)], 0, radius, n=16))
+        thing.add(
+            top,
+            lathe(
+                [
+                    (radius * 0.97, height - thick),
+                    (radius, height - thick * 0.6),
+                    (radius, height - 0.004),
+                    (radius - 0.006, height),
+                ],
+                0,
+                radius,
+                n=36,
+            ),
+        )
+        thing.add(
+            wood,
+            lathe(
+                [
+                    (0.28, 0),
+                    (0.27, 0.03),
+                    (0.06, 0.08),
+                    (0.05, 0.3),
+                    (0.075, 0.45),
+                    (0.05, height - 0.1),
+                    (0.16, height - thick),
+                ],
+                0,
+                radius,
+                n=16,
+            ),
+        )
         thing.tops.append(Top(-radius * 0.68, radius * 0.68, radius * 0.32, radius * 1.68, height, 0.5, "table"))
         return thing
     thing.add(top, box(-width / 2, width / 2, 0, depth, height - thick, height, bevel=0.006))
@@ -389,7 +568,20 @@ def table(m, width=None, depth=None, height=None, label="table"):
     inset = m.uniform(0.01, 0.08)
     if style < 0.85:
         kind = "round" if rng.random() < 0.3 else "square"
-        thing.add(wood, *_legs(-width / 2 + inset, width / 2 - inset, inset, depth - inset, height - thick, leg, m.uniform(0.5, 1.0), 0.0, kind))
+        thing.add(
+            wood,
+            *_legs(
+                -width / 2 + inset,
+                width / 2 - inset,
+                inset,
+                depth - inset,
+                height - thick,
+                leg,
+                m.uniform(0.5, 1.0),
+                0.0,
+                kind,
+            ),
+        )
         if rng.random() < 0.75:
             z0, z1, a = height - thick - m.uniform(0.06, 0.11), height - thick, inset + leg * 0.3
             x, y = width / 2 - a, depth - a
@@ -399,7 +591,11 @@ def table(m, width=None, depth=None, height=None, label="table"):
             thing.add(wood, box(-width / 2 + inset, width / 2 - inset, inset, depth - inset, 0.12, 0.14))
     else:
         for x in (-width * 0.36, width * 0.36):
-            thing.add(wood, box(x - 0.04, x + 0.04, depth * 0.1, depth * 0.9, 0, 0.05, bevel=0.01), box(x - 0.03, x + 0.03, depth * 0.35, depth * 0.65, 0.05, height - thick))
+            thing.add(
+                wood,
+                box(x - 0.04, x + 0.04, depth * 0.1, depth * 0.9, 0, 0.05, bevel=0.01),
+                box(x - 0.03, x + 0.03, depth * 0.35, depth * 0.65, 0.05, height - thick),
+            )
         thing.add(wood, box(-width * 0.36, width * 0.36, depth * 0.47, depth * 0.53, 0.15, 0.22))
     thing.tops.append(Top(-width / 2 + 0.05, width / 2 - 0.05, 0.05, depth - 0.05, height, 0.5, "table"))
     return thing
@@ -433,7 +629,7 @@ def desk(m):
             thing.add(m.dark, box(x0 + 0.02, x1 - 0.02, 0.06, depth - 0.08, 0, 0.05))
             edges = np.linspace(0.06, height - 0.05, int(rng.integers(3, 5)))
             for z0, z1 in zip(edges[:-1], edges[1:], strict=True):
-                _front(m, thing, wood, metal, x0, x1, z0, z1, depth - 0.04, style, handle)
+                front(m, thing, wood, metal, x0, x1, z0, z1, depth - 0.04, style, handle)
         else:
             x = side * (width / 2 - 0.04)
             if rng.random() < 0.5:
@@ -450,173 +646,16 @@ def television(m):
     """A flat set on a low stand with shelves or doors."""
     rng = m.rng
     width = m.uniform(1.0, 1.7)
-    thing = case(m, "cabinet", width, m.uniform(0.38, 0.48), m.uniform(0.42, 0.6), 1, int(rng.integers(2, 4)), doors=(0,))
+    thing = case(
+        m, "cabinet", width, m.uniform(0.38, 0.48), m.uniform(0.42, 0.6), 1, int(rng.integers(2, 4)), doors=(0,)
+    )
     top = thing.tops.pop()
     screen = min(width * m.uniform(0.6, 0.9), 1.3)
     thing.include(small.screen(m, screen, "television"), y=0.16, z=top.z)
     if rng.random() < 0.6:
-        thing.item("otherprop").add(m.dark, box(width * 0.1, width * 0.36, 0.28, 0.38, top.z, top.z + 0.05, bevel=0.004))
-    return thing
-
-
-def refrigerator(m):
-    """Two doors on a body, with handles; the freezer above or below."""
-    width, depth, height = m.uniform(0.58, 0.85), m.uniform(0.6, 0.75), m.uniform(1.5, 1.85)
-    skin = m.white if m.rng.random() < 0.5 else m.add(PLAIN, m.grey(0.45, 0.7), specular=0.5, shine=40, reflect=0.12)
-    thing, split = Thing.of("refridgerator"), m.uniform(0.3, 0.42)
-    split = height * (split if m.rng.random() < 0.5 else 1 - split)
-    thing.add(m.dark, box(-width / 2 + 0.02, width / 2 - 0.02, 0.03, depth - 0.1, 0, 0.06))
-    thing.add(skin, box(-width / 2, width / 2, 0.02, depth - 0.06, 0.06, height, bevel=0.008))
-    side = m.rng.choice([-1, 1])
-    for z0, z1 in ((0.07, split - 0.005), (split + 0.005, height)):
-        thing.add(skin, box(-width / 2, width / 2, depth - 0.055, depth, z0, z1, bevel=0.015))
-        x, middle = side * (width / 2 - 0.06), (z1 - 0.25 if z0 < 0.1 else z0 + 0.22)
-        thing.add(m.metal, tube([(x, depth, middle - 0.16), (x, depth + 0.04, middle - 0.15), (x, depth + 0.04, middle + 0.15), (x, depth, middle + 0.16)], 0.011, 8))
-    if m.rng.random() < 0.5:
-        for _ in range(int(m.rng.integers(1, 4))):
-            x, z = m.uniform(-width * 0.3, width * 0.3), m.uniform(split, height - 0.3) if split < height / 2 else m.uniform(0.5, split - 0.3)
-            thing.include(small.paper_pinned(m), x=x, y=depth, z=z)
-    thing.tops.append(Top(-width / 2 + 0.05, width / 2 - 0.05, 0.1, depth - 0.1, height, 0.35, "case"))
-    return thing
-
-
-def counter(m, width=None):
-    """A kitchen run: base doors and drawers under a worktop with a sink and a tap, a hob with an oven, wall
-    cupboards above, and a splash-back of tiles."""
-    rng = m.rng
-    width = m.uniform(1.6, 3.0) if width is None else width
-    depth, height = 0.62, m.uniform(0.86, 0.92)
-    wood = m.wood(rng.integers(3)) if rng.random() < 0.7 else m.paint((0.5, 0.95))
-    stone = m.add(GRANITE, m.grey(0.15, 0.7), m.grey(0.1, 0.5), m.grey(0.3, 0.9), specular=0.5, shine=60, reflect=0.06)
-    if rng.random() < 0.35:
-        stone = m.wood()
-    metal = [m.metal, m.brass, m.dark][rng.integers(3)]
-    style, handle = int(rng.integers(3)), int(rng.integers(2))
-    thing = Thing.of("counter")
-    sink_x, sink_half, hob = m.uniform(-width * 0.3, width * 0.1), 0.27, width > 1.9 and rng.random() < 0.75
-    hole = (sink_x - sink_half, sink_x + sink_half, 0.13, 0.5)
-    for x0, x1, y0, y1 in ((-width / 2, hole[0], 0, depth), (hole[1], width / 2, 0, depth), (hole[0], hole[1], 0, hole[2]), (hole[0], hole[1], hole[3], depth)):
-        thing.add(stone, box(x0, x1, y0, y1, height - 0.035, height))
-    thing.add(stone, box(-width / 2, width / 2, 0, 0.02, height, height + 0.08))
-    base = thing.item("cabinet")
-    hob_x = width / 2 - 0.33
-    end = hob_x - 0.3 if hob else width / 2
-    base.add(m.dark, box(-width / 2, end, 0.05, depth - 0.1, 0, 0.09))
-    # The sink hangs in the body, which therefore stops below it.
-    base.add(wood, box(-width / 2, end, 0.0, depth - 0.04, 0.09, height - 0.21))
-    for x0, x1 in ((-width / 2, hole[0] - 0.005), (hole[1] + 0.005, end)):
-        base.add(wood, box(x0, x1, 0.0, depth - 0.04, height - 0.21, height - 0.035))
-    base.add(wood, box(hole[0] - 0.005, hole[1] + 0.005, hole[3] + 0.02, depth - 0.04, height - 0.21, height - 0.035))
-    count = max(2, round((end + width / 2) / 0.48))
-    for k in range(count):
-        x0, x1 = (np.array([k, k + 1]) / count) * (end + width / 2) - width / 2
-        drawers = rng.random() < 0.3
-        rows = [0.1, 0.35, 0.6, height - 0.04] if drawers else [0.1, height - 0.2, height - 0.04]
-        for r, (z0, z1) in enumerate(zip(rows[:-1], rows[1:], strict=True)):
-            _front(m, thing, wood, metal, x0, x1, z0, z1, depth - 0.04, style, handle, 0 if drawers or r else (1 if k % 2 == 0 else -1))
-    thing.item("sink").add(m.chrome if rng.random() < 0.7 else m.ceramic, *_basin(hole, height + 0.004, 0.17))
-    thing.add(m.chrome, tube([(sink_x, 0.09, height), (sink_x, 0.09, height + 0.22), (sink_x, 0.13, height + 0.28), (sink_x, 0.2, height + 0.28), (sink_x, 0.235, height + 0.22)], 0.013, 10), cylinder(sink_x, 0.09, height, height + 0.04, 0.025))
-    if hob:
-        thing.include(small.stove(m, height), x=hob_x)
-    free = [(-width / 2 + 0.05, hole[0] - 0.06), (hole[1] + 0.06, end - 0.04)]
-    thing.tops += [Top(x0, x1, 0.05, depth - 0.08, height, 0.42, "kitchen") for x0, x1 in free if x1 - x0 > 0.15]
-    if rng.random() < 0.8:
-        z0, z1, deep = height + m.uniform(0.48, 0.56), min(2.3, height + 1.3), 0.33
-        thing.item("cabinet").add(wood, box(-width / 2, width / 2, 0, deep - 0.02, z0, z1))
-        count = max(2, round(width / 0.45))
-        for k in range(count):
-            x0, x1 = (np.array([k, k + 1]) / count) * width - width / 2
-            _front(m, thing, wood, metal, x0, x1, z0 + 0.005, z1 - 0.005, deep - 0.02, style, handle, 1 if k % 2 == 0 else -1)
-    return thing
-
-
-def _basin(hole, z, deep, wall=0.012):
-    """Rim, four sides and the bottom of a rectangular bowl hanging in a hole."""
-    x0, x1, y0, y1 = hole
-    rim = [box(x0 - 0.015, x1 + 0.015, y0 - 0.015, y0 + wall, z - 0.006, z), box(x0 - 0.015, x1 + 0.015, y1 - wall, y1 + 0.015, z - 0.006, z),
-           box(x0 - 0.015, x0 + wall, y0 + wall, y1 - wall, z - 0.006, z), box(x1 - wall, x1 + 0.015, y0 + wall, y1 - wall, z - 0.006, z)]  # fmt: skip
-    sides = [box(x0, x1, y0, y0 + wall, z - deep, z - 0.006), box(x0, x1, y1 - wall, y1, z - deep, z - 0.006),
-             box(x0, x0 + wall, y0 + wall, y1 - wall, z - deep, z - 0.006), box(x1 - wall, x1, y0 + wall, y1 - wall, z - deep, z - 0.006)]  # fmt: skip
-    return [*rim, *sides, box(x0 + wall, x1 - wall, y0 + wall, y1 - wall, z - deep, z - deep + wall)]
-
-
-def washbasin(m):
-    """A bathroom sink on a pedestal or on a vanity cabinet."""
-    rng = m.rng
-    if rng.random() < 0.5:
-        thing, h = Thing.of("sink"), m.uniform(0.8, 0.88)
-        thing.add(m.ceramic, lathe([(0.13, 0), (0.08, 0.12), (0.075, 0.5), (0.12, h - 0.18)], 0, 0.2, n=18))
-        bowl = [(0.1, -0.17), (0.24, -0.08), (0.275, 0.0), (0.25, 0.005), (0.2, -0.07), (0.06, -0.12)]
-        solid = lathe(bowl, n=24, closed=True)
-        thing.add(m.ceramic, solid._replace(vertices=solid.vertices * [1.05, 0.82, 1] + [0, 0.24, h]))
-        thing.add(m.ceramic, box(-0.26, 0.26, 0, 0.06, h - 0.1, h + 0.02, bevel=0.015), cylinder(0, 0.24, h - 0.17, h - 0.115, 0.085))
-        tap_y, tap_z = 0.05, h + 0.02
-    else:
-        width, depth, h = m.uniform(0.6, 1.2), 0.5, m.uniform(0.8, 0.88)
-        thing = case(m, "cabinet", width, depth, h - 0.05, 1, 2, doors=(0,))
-        thing.tops.clear()
-        thing.item("sink").add(m.ceramic, *_slab(width, depth, h, 0.3, 0.1))
-        tap_y, tap_z = 0.06, h
-        if width > 0.8:
-            thing.tops.append(Top(0.28, width / 2 - 0.02, 0.05, depth - 0.05, h, 0.3, "bath"))
-    thing.add(m.chrome, tube([(0, tap_y, tap_z), (0, tap_y, tap_z + 0.12), (0, tap_y + 0.05, tap_z + 0.16), (0, tap_y + 0.13, tap_z + 0.13)], 0.014, 10))
-    return thing
-
-
-def _slab(width, depth, h, wide, deep):
-    """A ceramic top with a rectangular bowl sunk in it."""
-    x, y0, y1, low = wide / 1.4, 0.12, depth - 0.06, h - 0.05
-    return [box(-width / 2, -x, 0, depth + 0.01, low, h, bevel=0.01), box(x, width / 2, 0, depth + 0.01, low, h, bevel=0.01), box(-x, x, 0, y0, low, h),
-            box(-x, x, y1, depth + 0.01, low, h), box(-x, x, y0, y1, low, low + 0.008)]  # fmt: skip
-
-
-def toilet(m):
-    """Foot, bowl, seat, open or closed lid, cistern with a button."""
-    thing, h = Thing.of("toilet"), m.uniform(0.38, 0.43)
-    white, y = m.ceramic, 0.45
-
-    def oval(profile, closed=False):
-        solid = lathe(profile, n=24, closed=closed)
-        return solid._replace(vertices=solid.vertices * [0.9, 1.18, 1] + [0, y, 0])
-
-    thing.add(white, oval([(0.15, 0), (0.12, 0.06), (0.11, 0.18), (0.17, h - 0.1), (0.2, h - 0.02)]))
-    thing.add(white, oval([(0.19, h - 0.03), (0.205, h - 0.01), (0.205, h + 0.012), (0.13, h + 0.012), (0.12, h - 0.02)], closed=True))
-    thing.add(white, box(-0.13, 0.13, 0.12, 0.32, 0.0, h - 0.03, bevel=0.02))
-    if m.rng.random() < 0.5:
-        thing.add(white, oval([(0.2, h + 0.014), (0.205, h + 0.022), (0.19, h + 0.04), (0.05, h + 0.048)]))
-    else:
-        solid = oval([(0.2, h + 0.014), (0.2, h + 0.034)])
-        thing.add(white, solid.turned(x=1.45, about=(0, 0.235, h + 0.02)))
-    top = m.uniform(0.74, 0.84)
-    thing.add(white, box(-0.2, 0.2, 0.005, 0.18, h - 0.02, top - 0.03, bevel=0.02), box(-0.21, 0.21, 0, 0.19, top - 0.03, top, bevel=0.01))
-    thing.add(m.chrome, cylinder(0, 0.1, top, top + 0.01, 0.025))
-    thing.tops.append(Top(-0.17, -0.04, 0.04, 0.16, top, 0.3, "bath"))
-    return thing
-
-
-def bathtub(m):
-    """A tub along the wall, with taps, and mostly a shower curtain on a rod along its front."""
-    rng = m.rng
-    length, width, h = m.uniform(1.5, 1.75), m.uniform(0.7, 0.8), m.uniform(0.5, 0.58)
-    thing, white = Thing.of("bathtub"), m.ceramic
-    wall = 0.06
-    x, y = length / 2, width
-    thing.add(white, box(-x, x, 0, wall, 0, h, bevel=0.015), box(-x, x, y - wall, y, 0, h, bevel=0.015))
-    thing.add(white, box(-x, -x + 0.1, wall - 0.01, y - wall + 0.01, 0, h, bevel=0.015), box(x - 0.16, x, wall - 0.01, y - wall + 0.01, 0, h, bevel=0.015))
-    thing.add(white, box(-x + 0.1, x - 0.16, wall, y - wall, 0, 0.14))
-    slope = [(x - 0.45, wall, 0.14), (x - 0.16, wall, 0.14), (x - 0.16, y - wall, 0.14), (x - 0.45, y - wall, 0.14)]
-    thing.add(white, hexa(slope, [(x - 0.2, a[1], h - 0.01) if k in (0, 3) else (x - 0.15, a[1], h - 0.01) for k, a in enumerate(slope)]))
-    thing.add(m.chrome, tube([(-x + 0.03, y / 2, h + 0.12), (-x + 0.16, y / 2, h + 0.12), (-x + 0.18, y / 2, h + 0.08)], 0.018, 8))
-    thing.tops.append(Top(-x * 0.6, x * 0.3, 0.002, wall, h, 0.3, "rim"))
-    if rng.random() < 0.8:
-        thing.add(m.chrome, tube([(-x, y - 0.03, 1.98), (x, y - 0.03, 1.98)], 0.012, 8))
-        part = m.uniform(0.25, 0.55) * length
-        a, b, c = m.colour((0.02, 0.5), (0.6, 0.98)), m.colour((0.3, 0.8), (0.4, 0.9)), m.colour((0.3, 0.8), (0.4, 0.9))
-        kind = int(rng.choice([DOTS, FLORAL, STRIPES, PLAIN]))
-        cloth = m.add(kind, a, b, c, scale=m.uniform(4, 9))
-        side = rng.choice([-1, 1])
-        centre = side * (x - part / 2)
-        thing.item("shower curtain").add(cloth, small.folds(m, part, 1.66, 0.035, int(part * 9)).moved(centre, y + 0.01, 0.3))
+        thing.item("otherprop").add(
+            m.dark, box(width * 0.1, width * 0.36, 0.28, 0.38, top.z, top.z + 0.05, bevel=0.004)
+        )
     return thing
 
 
@@ -628,14 +667,20 @@ def bench(m):
         width, depth, h = m.uniform(0.45, 1.1), m.uniform(0.4, 0.55), m.uniform(0.38, 0.46)
         cloth = m.fabric()
         thing.add(m.wood(0), *_legs(-width / 2, width / 2, 0, depth, 0.1, 0.05))
-        thing.add(cloth, box(-width / 2, width / 2, 0, depth, 0.09, h - 0.06, bevel=0.02), cushion(-width / 2, width / 2, 0, depth, h - 0.09, h, 0.2))
+        thing.add(
+            cloth,
+            box(-width / 2, width / 2, 0, depth, 0.09, h - 0.06, bevel=0.02),
+            cushion(-width / 2, width / 2, 0, depth, h - 0.09, h, 0.2),
+        )
         thing.tops.append(Top(-width / 2 + 0.05, width / 2 - 0.05, 0.05, depth - 0.05, h, 0.4, "seat"))
     else:
         radius, h, wood = m.uniform(0.15, 0.19), m.uniform(0.42, 0.7), m.wood(rng.integers(3))
         thing.add(wood, lathe([(radius, h - 0.035), (radius, h - 0.005), (radius - 0.01, h)], 0, 0.2, n=20))
         thing.add(wood, *_legs(-0.11, 0.11, 0.09, 0.31, h - 0.03, 0.035, 0.7, 0.06, "round"))
         ring = np.linspace(0, 2 * np.pi, 13)
-        thing.add(m.metal, tube(np.stack([0.15 * np.cos(ring), 0.2 + 0.15 * np.sin(ring), np.full(13, 0.2)], 1), 0.008, 6))
+        thing.add(
+            m.metal, tube(np.stack([0.15 * np.cos(ring), 0.2 + 0.15 * np.sin(ring), np.full(13, 0.2)], 1), 0.008, 6)
+        )
     return thing
 
 
@@ -643,7 +688,11 @@ def piano(m):
     """An upright piano with its keys."""
     wood = m.add(WOOD, (0.2, 0.1, 0.05), (0.1, 0.05, 0.03), specular=0.5, shine=60, reflect=0.05)
     thing, w, h = Thing.of("otherfurniture"), 1.48, m.uniform(1.1, 1.28)
-    thing.add(wood, box(-w / 2, w / 2, 0, 0.3, 0, h, bevel=0.01), box(-w / 2 - 0.02, w / 2 + 0.02, -0.0, 0.33, h, h + 0.03, bevel=0.008))
+    thing.add(
+        wood,
+        box(-w / 2, w / 2, 0, 0.3, 0, h, bevel=0.01),
+        box(-w / 2 - 0.02, w / 2 + 0.02, -0.0, 0.33, h, h + 0.03, bevel=0.008),
+    )
     for x0, x1 in ((-w / 2, -w / 2 + 0.05), (w / 2 - 0.05, w / 2)):
         thing.add(wood, box(x0, x1, 0.3, 0.58, 0, 0.78, bevel=0.01))
     thing.add(wood, box(-w / 2 + 0.05, w / 2 - 0.05, 0.3, 0.58, 0.6, 0.7))
@@ -656,7 +705,7 @@ def piano(m):
     return thing
 
 
-def whiteboard_stand(m):
+def podium(m):
     """A podium for classrooms."""
     thing, wood = Thing.of("otherfurniture"), m.wood()
     thing.add(wood, box(-0.3, 0.3, 0, 0.4, 0, 1.0, bevel=0.01))

@@ -12,7 +12,21 @@ from numba import njit
 PLAIN, WOOD, TILES, CARPET, WEAVE, PLASTER, STRIPES, MARBLE, CHECKER, PLANKS = range(10)
 PICTURE, TEXT, GRANITE, SCREEN, RUG, DOTS, FLORAL, PLAID, SKY, SPINE, SHADE, BRICK = range(10, 22)
 # Columns of the table.
-KIND, A, B, C, SCALE, SPECULAR, SHINE, REFLECT, EMIT, SEED, P0, P1, COLUMNS = 0, 1, 4, 7, 10, 11, 12, 13, 14, 15, 16, 17, 18
+KIND, A, B, C, SCALE, SPECULAR, SHINE, REFLECT, EMIT, SEED, P0, P1, COLUMNS = (
+    0,
+    1,
+    4,
+    7,
+    10,
+    11,
+    12,
+    13,
+    14,
+    15,
+    16,
+    17,
+    18,
+)
 
 
 def linear(colour) -> np.ndarray:
@@ -63,7 +77,9 @@ class Materials:
 
     def colour(self, saturation=(0.15, 0.65), value=(0.3, 0.85)) -> np.ndarray:
         """A household colour: warm hues and blues are commoner than greens and violets."""
-        hue = self.rng.choice([0.04, 0.09, 0.12, 0.58, 0.62, 0.98, 0.33, 0.8], p=[0.2, 0.2, 0.12, 0.16, 0.1, 0.1, 0.08, 0.04])
+        hue = self.rng.choice(
+            [0.04, 0.09, 0.12, 0.58, 0.62, 0.98, 0.33, 0.8], p=[0.2, 0.2, 0.12, 0.16, 0.1, 0.1, 0.08, 0.04]
+        )
         return hsv((hue + self.rng.normal(0, 0.03)) % 1, self.uniform(*saturation), self.uniform(*value))
 
     def _wood_colours(self):
@@ -78,7 +94,9 @@ class Materials:
         """One of the room's woods (0..2), or any."""
         a, b = self.woods[which] if which is not None else self._wood_colours()
         lacquer = self.uniform(0, 1)
-        return self.add(WOOD, a, b, scale=self.uniform(0.7, 1.6), specular=0.25 * lacquer, shine=30, reflect=0.03 * lacquer)
+        return self.add(
+            WOOD, a, b, scale=self.uniform(0.7, 1.6), specular=0.25 * lacquer, shine=30, reflect=0.03 * lacquer
+        )
 
     def paint(self, value=(0.2, 0.9), gloss=0.2) -> int:
         colour = self.colour(value=value) if self.rng.random() < 0.6 else self.grey(*value)

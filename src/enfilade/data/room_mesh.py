@@ -102,7 +102,11 @@ def lathe(profile, x=0.0, y=0.0, z=0.0, n: int = 16, closed: bool = False) -> So
     angle = np.arange(n) * 2 * np.pi / n
     radius = np.maximum(profile[:, 0], 1e-4)[:, None]
     vertices = np.stack(
-        [x + radius * np.cos(angle), y + radius * np.sin(angle), z + np.broadcast_to(profile[:, 1:], (len(profile), n))],
+        [
+            x + radius * np.cos(angle),
+            y + radius * np.sin(angle),
+            z + np.broadcast_to(profile[:, 1:], (len(profile), n)),
+        ],
         -1,
     ).reshape(-1, 3)
     return Solid(vertices, _ring_faces(n, len(profile), closed))

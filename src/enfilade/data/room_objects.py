@@ -4,7 +4,20 @@
 import numpy as np
 
 from enfilade.data.room_materials import PLAIN, SHADE, SPINE, TEXT, WEAVE, Materials
-from enfilade.data.room_mesh import Light, Solid, Thing, Top, box, cushion, cylinder, ellipsoid, hexa, lathe, prism, sheet, tube
+from enfilade.data.room_mesh import (
+    Light,
+    Solid,
+    Thing,
+    Top,
+    box,
+    cushion,
+    cylinder,
+    ellipsoid,
+    hexa,
+    lathe,
+    sheet,
+    tube,
+)
 
 WARM = np.array([1.0, 0.78, 0.52])
 
@@ -30,7 +43,9 @@ def pillow(m, material=None, upright=False):
     if upright:
         s = m.uniform(0.36, 0.5)
         solid = ellipsoid(0, 0, s / 2, s / 2, 0.07, s / 2, n=24, rings=13, power=0.6)
-        return thing.add(material, solid.turned(x=m.uniform(0.25, 0.45), y=m.uniform(-0.15, 0.15)).moved(y=0.12, z=0.02))
+        return thing.add(
+            material, solid.turned(x=m.uniform(0.25, 0.45), y=m.uniform(-0.15, 0.15)).moved(y=0.12, z=0.02)
+        )
     w, d = m.uniform(0.5, 0.68), m.uniform(0.34, 0.42)
     solid = ellipsoid(0, 0, 0, w / 2, d / 2, m.uniform(0.07, 0.1), n=24, rings=13, power=0.55)
     return thing.add(material, solid.turned(x=m.uniform(0.05, 0.3)).moved(y=d / 2, z=0.1))
@@ -38,7 +53,12 @@ def pillow(m, material=None, upright=False):
 
 def _book(m, thick, depth, height):
     """One book standing with its spine at +y: cover boards, spine and a paper block set back from the edges."""
-    cover = m.add(SPINE, m.colour((0.2, 0.9), (0.12, 0.85)) if m.rng.random() < 0.8 else m.grey(0.1, 0.95), m.colour((0.1, 0.8), (0.5, 0.95)), p0=height / 2)
+    cover = m.add(
+        SPINE,
+        m.colour((0.2, 0.9), (0.12, 0.85)) if m.rng.random() < 0.8 else m.grey(0.1, 0.95),
+        m.colour((0.1, 0.8), (0.5, 0.95)),
+        p0=height / 2,
+    )
     paper = m.white
     board = min(0.004, thick * 0.2)
     if thick < 0.012:
@@ -93,7 +113,9 @@ def paper(m):
     thing = Thing.of("paper")
     sheet_paper = m.add(TEXT, (0.95, 0.95, 0.93), (0.2, 0.2, 0.22), scale=90.0, p0=0.2)
     for k in range(int(m.rng.integers(1, 5))):
-        solid = box(-0.105, 0.105, -0.148, 0.148, 0.0005 + 0.0012 * k, 0.0015 + 0.0012 * k).turned(z=m.uniform(-0.5, 0.5))
+        solid = box(-0.105, 0.105, -0.148, 0.148, 0.0005 + 0.0012 * k, 0.0015 + 0.0012 * k).turned(
+            z=m.uniform(-0.5, 0.5)
+        )
         thing.add(sheet_paper, solid.moved(m.uniform(-0.03, 0.03), 0.16 + m.uniform(-0.03, 0.03)))
     return thing
 
@@ -120,7 +142,9 @@ def box_carton(m, width=None, depth=None, height=None):
             tape = m.add(PLAIN, (0.8, 0.72, 0.5), specular=0.3)
             thing.add(tape, box(-w / 2 - 0.001, w / 2 + 0.001, d / 2 - 0.025, d / 2 + 0.025, h * 0.75, h + 0.001))
         else:
-            thing.add(card, box(-w / 2 - 0.006, w / 2 + 0.006, -0.0, d + 0.006, h - min(0.06, h / 3), h + 0.006, bevel=0.003))
+            thing.add(
+                card, box(-w / 2 - 0.006, w / 2 + 0.006, -0.0, d + 0.006, h - min(0.06, h / 3), h + 0.006, bevel=0.003)
+            )
         thing.tops.append(Top(-w / 2 + 0.03, w / 2 - 0.03, 0.03, d - 0.03, h + 0.006, 0.3, "box"))
         return thing
     thing.add(card, box(-w / 2, w / 2, 0, t, 0, h), box(-w / 2, w / 2, d - t, d, 0, h), box(-w / 2, -w / 2 + t, t, d - t, 0, h),
@@ -139,8 +163,14 @@ def bag(m):
     rng, thing, roll = m.rng, Thing.of("bag"), m.rng.random()
     cloth = m.add(WEAVE, *(2 * [m.colour((0.2, 0.9), (0.1, 0.7))]))
     if roll < 0.45:
-        thing.add(cloth, ellipsoid(0, 0.14, 0.22, 0.16, 0.11, 0.23, n=20, rings=11, power=0.6), ellipsoid(0, 0.25, 0.15, 0.12, 0.06, 0.12, n=16, rings=9, power=0.6))
-        thing.add(m.dark, tube([(-0.04, 0.1, 0.43), (-0.02, 0.1, 0.49), (0.02, 0.1, 0.49), (0.04, 0.1, 0.43)], 0.008, 6))
+        thing.add(
+            cloth,
+            ellipsoid(0, 0.14, 0.22, 0.16, 0.11, 0.23, n=20, rings=11, power=0.6),
+            ellipsoid(0, 0.25, 0.15, 0.12, 0.06, 0.12, n=16, rings=9, power=0.6),
+        )
+        thing.add(
+            m.dark, tube([(-0.04, 0.1, 0.43), (-0.02, 0.1, 0.49), (0.02, 0.1, 0.49), (0.04, 0.1, 0.43)], 0.008, 6)
+        )
         for x in (-0.08, 0.08):
             thing.add(m.dark, tube([(x, 0.05, 0.4), (x, 0.0, 0.3), (x, 0.01, 0.12), (x, 0.06, 0.06)], 0.014, 6))
         return thing
@@ -151,7 +181,20 @@ def bag(m):
     thing.add(skin, hexa(foot, [(-w / 2, 0, h), (w / 2, 0, h), (w / 2, d, h), (-w / 2, d, h)]))
     rise = m.uniform(0.1, 0.18)
     for y in (0.02, d - 0.02):
-        thing.add(m.dark, tube([(-w / 4, y, h - 0.01), (-w / 5, y, h + rise * 0.8), (0, y, h + rise), (w / 5, y, h + rise * 0.8), (w / 4, y, h - 0.01)], 0.006, 6))
+        thing.add(
+            m.dark,
+            tube(
+                [
+                    (-w / 4, y, h - 0.01),
+                    (-w / 5, y, h + rise * 0.8),
+                    (0, y, h + rise),
+                    (w / 5, y, h + rise * 0.8),
+                    (w / 4, y, h - 0.01),
+                ],
+                0.006,
+                6,
+            ),
+        )
     if rng.random() < 0.3:
         thing.add(m.brass, box(-0.02, 0.02, d, d + 0.008, h * 0.6, h * 0.7))
     return thing
@@ -165,7 +208,9 @@ def clothes(m):
         solid = ellipsoid(0, 0, 0, m.uniform(0.15, 0.3), m.uniform(0.13, 0.22), m.uniform(0.05, 0.09), n=26, rings=13)
         v = solid.vertices
         phase = m.rng.uniform(0, 6, 6)
-        wobble = np.sin(v[:, 0] * 23 + phase[0]) * np.cos(v[:, 1] * 27 + phase[1]) + 0.6 * np.sin((v[:, 0] - v[:, 1]) * 41 + phase[2])
+        wobble = np.sin(v[:, 0] * 23 + phase[0]) * np.cos(v[:, 1] * 27 + phase[1]) + 0.6 * np.sin(
+            (v[:, 0] - v[:, 1]) * 41 + phase[2]
+        )
         v = v * (1 + 0.13 * wobble[:, None]) + [m.uniform(-0.1, 0.1), 0.25 + m.uniform(-0.06, 0.06), 0.04 + 0.035 * k]
         v[:, 2] = np.maximum(v[:, 2], 0.002)
         thing.add(cloth, solid._replace(vertices=v))
@@ -177,7 +222,9 @@ def garment(m):
     thing, cloth, h = Thing.of("clothes"), m.fabric((0.1, 0.8), 0.8), m.uniform(0.6, 0.95)
     z, u = np.linspace(0, 1, 9), np.linspace(0, 2 * np.pi, 21)[:-1]
     half = np.interp(z, [0, 0.6, 0.9, 1.0], [0.25, 0.22, 0.16, 0.03])[:, None]
-    deep = np.interp(z, [0, 0.6, 0.92, 1.0], [0.07, 0.06, 0.06, 0.02])[:, None] * (1 + 0.25 * np.sin(5 * u + m.uniform(0, 6)))
+    deep = np.interp(z, [0, 0.6, 0.92, 1.0], [0.07, 0.06, 0.06, 0.02])[:, None] * (
+        1 + 0.25 * np.sin(5 * u + m.uniform(0, 6))
+    )
     vertices = np.stack([half * np.cos(u), 0.085 + deep * np.sin(u), np.broadcast_to((z * h)[:, None], (9, 20))], -1)
     solid = lathe([(1, k) for k in range(9)], n=20)
     thing.add(cloth, solid._replace(vertices=vertices.reshape(-1, 3)))
@@ -189,8 +236,12 @@ def towel(m):
     w, h, cloth = m.uniform(0.35, 0.6), m.uniform(0.4, 0.75), m.fabric((0.5, 0.98), 0.55)
     thing = Thing.of("towel").add(cloth, folds(m, w, h, 0.008, 2, 0.012).moved(0, 0.055, 0))
     thing.add(cloth, box(-w / 2, w / 2, 0.048, 0.075, h - 0.015, h + 0.012, bevel=0.01))
-    thing.item("otherprop").add(m.chrome, tube([(-w / 2 - 0.06, 0.045, h - 0.02), (w / 2 + 0.06, 0.045, h - 0.02)], 0.008, 6))
-    return thing.add(m.chrome, *(box(x - 0.012, x + 0.012, 0, 0.05, h - 0.035, h - 0.005) for x in (-w / 2 - 0.06, w / 2 + 0.06)))
+    thing.item("otherprop").add(
+        m.chrome, tube([(-w / 2 - 0.06, 0.045, h - 0.02), (w / 2 + 0.06, 0.045, h - 0.02)], 0.008, 6)
+    )
+    return thing.add(
+        m.chrome, *(box(x - 0.012, x + 0.012, 0, 0.05, h - 0.035, h - 0.005) for x in (-w / 2 - 0.06, w / 2 + 0.06))
+    )
 
 
 def towel_pile(m):
@@ -224,7 +275,11 @@ def _leaves(m, thing, y, z, spread, count):
     leaf = m.add(PLAIN, np.array([m.uniform(0.12, 0.35), m.uniform(0.35, 0.6), m.uniform(0.1, 0.25)]), specular=0.15)
     for k in range(count):
         a = 2 * np.pi * (k * 0.618) + m.uniform(-0.3, 0.3)
-        out, rise, w = spread * m.uniform(0.4, 1.0), spread * m.uniform(0.9, 1.9), m.uniform(0.02, 0.05) * (0.6 + spread)
+        out, rise, w = (
+            spread * m.uniform(0.4, 1.0),
+            spread * m.uniform(0.9, 1.9),
+            m.uniform(0.02, 0.05) * (0.6 + spread),
+        )
         t = np.linspace(0, 1, 6)
         path = np.stack([np.cos(a) * out * t**1.6, np.sin(a) * out * t**1.6, rise * (t - 0.45 * t**3)], 1)
         side = np.array([-np.sin(a), np.cos(a), 0]) * w
@@ -240,11 +295,26 @@ def plant(m):
     h, r = m.uniform(0.2, 0.4), m.uniform(0.12, 0.2)
     pot = m.add(PLAIN, (0.65, 0.35, 0.22)) if m.rng.random() < 0.5 else m.paint((0.2, 0.95), 0.4)
     thing = Thing.of("otherprop")
-    thing.add(pot, lathe([(r * 0.7, 0), (r, h * 0.9), (r * 1.06, h * 0.9), (r * 1.06, h), (r * 0.94, h), (r * 0.92, h * 0.9)], 0, r * 1.06, n=20))
+    thing.add(
+        pot,
+        lathe(
+            [(r * 0.7, 0), (r, h * 0.9), (r * 1.06, h * 0.9), (r * 1.06, h), (r * 0.94, h), (r * 0.92, h * 0.9)],
+            0,
+            r * 1.06,
+            n=20,
+        ),
+    )
     thing.add(m.add(PLAIN, (0.18, 0.12, 0.08)), cylinder(0, r * 1.06, h * 0.88, h * 0.92, r * 0.93))
     if m.rng.random() < 0.5:
         top = h + m.uniform(0.3, 0.8)
-        thing.add(m.wood(0), tube([(0, r * 1.06, h * 0.9), (m.uniform(-0.04, 0.04), r * 1.06, (h + top) / 2), (0, r * 1.06, top)], 0.013, 7))
+        thing.add(
+            m.wood(0),
+            tube(
+                [(0, r * 1.06, h * 0.9), (m.uniform(-0.04, 0.04), r * 1.06, (h + top) / 2), (0, r * 1.06, top)],
+                0.013,
+                7,
+            ),
+        )
         return _leaves(m, _leaves(m, thing, r * 1.06, top, 0.4, 13), r * 1.06, (h + 2 * top) / 3, 0.35, 8)
     return _leaves(m, thing, r * 1.06, h * 0.92, m.uniform(0.3, 0.6), 16)
 
@@ -252,14 +322,25 @@ def plant(m):
 def cup(m):
     r, h = m.uniform(0.032, 0.045), m.uniform(0.07, 0.1)
     skin = m.paint((0.3, 0.95), 0.5)
-    thing = Thing.of("otherprop").add(skin, lathe([(r * 0.85, 0), (r, h), (r - 0.004, h), (r * 0.8, 0.008), (0.001, 0.008)], 0, r, n=16))
-    return thing.add(skin, tube([(r * 0.93, r, h * 0.8), (r + 0.025, r, h * 0.75), (r + 0.022, r, h * 0.35), (r * 0.9, r, h * 0.25)], 0.005, 6))
+    thing = Thing.of("otherprop").add(
+        skin, lathe([(r * 0.85, 0), (r, h), (r - 0.004, h), (r * 0.8, 0.008), (0.001, 0.008)], 0, r, n=16)
+    )
+    return thing.add(
+        skin,
+        tube(
+            [(r * 0.93, r, h * 0.8), (r + 0.025, r, h * 0.75), (r + 0.022, r, h * 0.35), (r * 0.9, r, h * 0.25)],
+            0.005,
+            6,
+        ),
+    )
 
 
 def bottle(m):
     r, h = m.uniform(0.025, 0.042), m.uniform(0.17, 0.31)
     skin = m.add(PLAIN, m.colour((0.2, 0.9), (0.1, 0.9)), specular=0.6, shine=80, reflect=0.05)
-    thing = Thing.of("otherprop").add(skin, lathe([(r, 0), (r, h * 0.6), (r * 0.35, h * 0.78), (r * 0.35, h * 0.94)], 0, r, n=16))
+    thing = Thing.of("otherprop").add(
+        skin, lathe([(r, 0), (r, h * 0.6), (r * 0.35, h * 0.78), (r * 0.35, h * 0.94)], 0, r, n=16)
+    )
     thing.add(m.white, cylinder(0, r, h * 0.2, h * 0.5, r * 1.01, n=16))
     return thing.add(m.paint(), cylinder(0, r, h * 0.94, h, r * 0.42, n=12))
 
@@ -267,17 +348,39 @@ def bottle(m):
 def bowl(m):
     r = m.uniform(0.09, 0.15)
     thing = Thing.of("otherprop")
-    thing.add(m.paint((0.3, 0.95), 0.4), lathe([(r * 0.4, 0), (r * 0.8, r * 0.25), (r, r * 0.55), (r - 0.006, r * 0.55), (r * 0.7, r * 0.25), (0.001, 0.02)], 0, r, n=22))
+    thing.add(
+        m.paint((0.3, 0.95), 0.4),
+        lathe(
+            [
+                (r * 0.4, 0),
+                (r * 0.8, r * 0.25),
+                (r, r * 0.55),
+                (r - 0.006, r * 0.55),
+                (r * 0.7, r * 0.25),
+                (0.001, 0.02),
+            ],
+            0,
+            r,
+            n=22,
+        ),
+    )
     for k in range(int(m.rng.integers(0, 6))):
         a = k * 1.3
         fruit = m.add(PLAIN, m.colour((0.7, 0.95), (0.6, 0.9)), specular=0.3, shine=40)
-        thing.add(fruit, ellipsoid(r * 0.42 * np.cos(a), r + r * 0.42 * np.sin(a), r * 0.5, r * 0.27, r * 0.27, r * 0.26, n=12, rings=8))
+        thing.add(
+            fruit,
+            ellipsoid(
+                r * 0.42 * np.cos(a), r + r * 0.42 * np.sin(a), r * 0.5, r * 0.27, r * 0.27, r * 0.26, n=12, rings=8
+            ),
+        )
     return thing
 
 
 def plate(m):
     r = m.uniform(0.1, 0.14)
-    return Thing.of("otherprop").add(m.ceramic, lathe([(r * 0.6, 0), (r, 0.018), (r - 0.003, 0.021), (r * 0.6, 0.008), (0.001, 0.007)], 0, r, n=24))
+    return Thing.of("otherprop").add(
+        m.ceramic, lathe([(r * 0.6, 0), (r, 0.018), (r - 0.003, 0.021), (r * 0.6, 0.008), (0.001, 0.007)], 0, r, n=24)
+    )
 
 
 def appliance(m):
@@ -287,11 +390,17 @@ def appliance(m):
     if roll < 0.4:
         w, d, h = 0.48, 0.35, 0.28
         thing.add(skin, box(-w / 2, w / 2, 0, d, 0.01, h, bevel=0.008))
-        thing.add(m.dark, box(-w / 2 + 0.03, w / 2 - 0.13, d, d + 0.006, 0.05, h - 0.04)).add(m.dark, box(w / 2 - 0.11, w / 2 - 0.02, d, d + 0.004, 0.14, h - 0.04))
+        thing.add(m.dark, box(-w / 2 + 0.03, w / 2 - 0.13, d, d + 0.006, 0.05, h - 0.04)).add(
+            m.dark, box(w / 2 - 0.11, w / 2 - 0.02, d, d + 0.004, 0.14, h - 0.04)
+        )
         thing.add(m.metal, tube([(w / 2 - 0.13, d + 0.02, 0.06), (w / 2 - 0.13, d + 0.02, h - 0.05)], 0.007, 6))
     elif roll < 0.7:
         thing.add(skin, box(-0.14, 0.14, 0, 0.18, 0.01, 0.2, bevel=0.03))
-        thing.add(m.dark, *(box(-0.11, 0.11, y, y + 0.03, 0.19, 0.202) for y in (0.045, 0.105)), box(-0.16, -0.14, 0.07, 0.11, 0.12, 0.14))
+        thing.add(
+            m.dark,
+            *(box(-0.11, 0.11, y, y + 0.03, 0.19, 0.202) for y in (0.045, 0.105)),
+            box(-0.16, -0.14, 0.07, 0.11, 0.12, 0.14),
+        )
     else:
         thing.add(skin, lathe([(0.085, 0), (0.09, 0.03), (0.07, 0.16), (0.06, 0.2), (0.02, 0.22)], 0, 0.1, n=18))
         thing.add(m.dark, tube([(0.06, 0.1, 0.18), (0.13, 0.1, 0.19), (0.14, 0.1, 0.08), (0.085, 0.1, 0.04)], 0.011, 7))
@@ -311,9 +420,17 @@ def stove(m, height):
         x = -0.2 + 0.1 * k
         thing.add(m.metal, tube([(x, d - 0.03, height - 0.07), (x, d + 0.012, height - 0.07)], 0.018, 10))
     for x, y, r in ((-0.15, 0.17, 0.08), (0.15, 0.17, 0.1), (-0.15, 0.42, 0.1), (0.15, 0.42, 0.08)):
-        thing.add(m.metal, lathe([(r - 0.012, 0), (r, 0), (r, 0.012), (r - 0.012, 0.012)], x, y, height + 0.004, n=18, closed=True))
+        thing.add(
+            m.metal,
+            lathe([(r - 0.012, 0), (r, 0), (r, 0.012), (r - 0.012, 0.012)], x, y, height + 0.004, n=18, closed=True),
+        )
     if m.rng.random() < 0.5:
-        thing.item("otherprop").add(m.metal, lathe([(0.1, 0), (0.11, 0.12), (0.105, 0.12), (0.095, 0.01), (0.001, 0.01)], -0.15, 0.42, height + 0.017, n=20))
+        thing.item("otherprop").add(
+            m.metal,
+            lathe(
+                [(0.1, 0), (0.11, 0.12), (0.105, 0.12), (0.095, 0.01), (0.001, 0.01)], -0.15, 0.42, height + 0.017, n=20
+            ),
+        )
         thing.add(m.dark, tube([(-0.05, 0.45, height + 0.12), (0.1, 0.52, height + 0.13)], 0.01, 6))
     return thing
 
@@ -321,11 +438,17 @@ def stove(m, height):
 def screen(m, width, label="otherprop"):
     """A flat screen on a foot."""
     h, z = width * 0.57, 0.06 if label == "television" else 0.12
-    on = m.screen() if m.rng.random() < 0.4 else m.add(PLAIN, (0.03, 0.03, 0.035), specular=0.5, shine=100, reflect=0.12)
+    on = (
+        m.screen() if m.rng.random() < 0.4 else m.add(PLAIN, (0.03, 0.03, 0.035), specular=0.5, shine=100, reflect=0.12)
+    )
     thing = Thing.of(label).add(m.dark, box(-width / 2, width / 2, 0, 0.04, z, z + h, bevel=0.005))
     e = 0.015
     thing.add(on, box(-width / 2 + e, width / 2 - e, 0.035, 0.043, z + e, z + h - e))
-    thing.add(m.dark, box(-0.03, 0.03, 0.0, 0.03, 0.01, z + 0.05), box(-width * 0.22, width * 0.22, -0.06, 0.12, 0, 0.012, bevel=0.004))
+    thing.add(
+        m.dark,
+        box(-0.03, 0.03, 0.0, 0.03, 0.01, z + 0.05),
+        box(-width * 0.22, width * 0.22, -0.06, 0.12, 0, 0.012, bevel=0.004),
+    )
     return thing
 
 
@@ -334,7 +457,13 @@ def monitor(m):
     thing.item("otherprop").add(m.dark, box(-0.21, 0.21, 0.24, 0.37, 0.0, 0.016, bevel=0.004))
     key = m.add(PLAIN, m.grey(0.1, 0.3))
     for row in range(4):
-        thing.add(key, *(box(x, x + 0.022, 0.25 + 0.027 * row, 0.272 + 0.027 * row, 0.016, 0.022) for x in np.linspace(-0.2, 0.178, 13)))
+        thing.add(
+            key,
+            *(
+                box(x, x + 0.022, 0.25 + 0.027 * row, 0.272 + 0.027 * row, 0.016, 0.022)
+                for x in np.linspace(-0.2, 0.178, 13)
+            ),
+        )
     return thing.item("otherprop").add(m.dark, ellipsoid(0.28, 0.3, 0.012, 0.03, 0.05, 0.02, n=12, rings=7))
 
 
@@ -361,7 +490,23 @@ def clock(m):
 def bin_(m):
     r, h = m.uniform(0.12, 0.18), m.uniform(0.25, 0.45)
     skin = m.paint((0.1, 0.9), 0.3)
-    return Thing.of("otherprop").add(skin, lathe([(r * 0.75, 0), (r, h), (r + 0.008, h), (r + 0.008, h + 0.012), (r - 0.008, h + 0.012), (r * 0.72, 0.02), (0.001, 0.02)], 0, r + 0.01, n=20))
+    return Thing.of("otherprop").add(
+        skin,
+        lathe(
+            [
+                (r * 0.75, 0),
+                (r, h),
+                (r + 0.008, h),
+                (r + 0.008, h + 0.012),
+                (r - 0.008, h + 0.012),
+                (r * 0.72, 0.02),
+                (0.001, 0.02),
+            ],
+            0,
+            r + 0.01,
+            n=20,
+        ),
+    )
 
 
 def toy(m):
@@ -379,7 +524,9 @@ def toy(m):
         return thing
     for k in range(4):
         s, x = 0.05, -0.06 + 0.06 * (k % 3)
-        thing.add(m.paint((0.5, 0.95)), box(x - s / 2, x + s / 2, 0.02, 0.02 + s, s * (k == 3), s + s * (k == 3), bevel=0.003))
+        thing.add(
+            m.paint((0.5, 0.95)), box(x - s / 2, x + s / 2, 0.02, 0.02 + s, s * (k == 3), s + s * (k == 3), bevel=0.003)
+        )
     return thing
 
 
@@ -392,7 +539,11 @@ def trinket(m, height, radius):
         thing = cup(m)
     elif roll < 0.65:
         w = min(radius, height * 0.75, 0.16)
-        thing = Thing.of("picture").add(m.wood(), box(-w / 2, w / 2, 0, 0.012, 0, w * 1.25)).add(m.picture(), box(-w / 2 + 0.012, w / 2 - 0.012, 0.012, 0.014, 0.012, w * 1.25 - 0.012))
+        thing = (
+            Thing.of("picture")
+            .add(m.wood(), box(-w / 2, w / 2, 0, 0.012, 0, w * 1.25))
+            .add(m.picture(), box(-w / 2 + 0.012, w / 2 - 0.012, 0.012, 0.014, 0.012, w * 1.25 - 0.012))
+        )
         for part in thing.parts:
             part.solid = part.solid.turned(x=0.2).moved(y=w * 0.3, z=0.003)
     elif roll < 0.8:
@@ -409,7 +560,13 @@ def lamp_table(m):
     """A turned foot under a glowing shade."""
     h, r = m.uniform(0.34, 0.52), m.uniform(0.12, 0.18)
     foot = [m.brass, m.dark, m.ceramic, m.wood(0), m.paint(gloss=0.4)][m.rng.integers(5)]
-    middle = [(r * 0.5, 0), (r * 0.5, 0.015), *[(m.uniform(0.014, 0.06), z) for z in np.linspace(0.05, h * 0.55, 5)], (0.01, h * 0.62), (0.008, h * 0.7)]
+    middle = [
+        (r * 0.5, 0),
+        (r * 0.5, 0.015),
+        *[(m.uniform(0.014, 0.06), z) for z in np.linspace(0.05, h * 0.55, 5)],
+        (0.01, h * 0.62),
+        (0.008, h * 0.7),
+    ]
     thing = Thing.of("lamp").add(foot, lathe(middle, 0, r, n=16))
     return _shade(m, thing, 0, r, h * 0.58, h, r, 1.0)
 
@@ -424,13 +581,21 @@ def _shade(m, thing, x, y, z0, z1, r, strength):
     thing.add(bulb, ellipsoid(x, y, (z0 + z1) / 2 - 0.01, 0.03, 0.03, 0.04, n=10, rings=7))
     if on:
         power = WARM * m.uniform(0.5, 1.1) * strength
-        thing.lights.append(Light(np.array([x, y, (z0 + z1) / 2]), np.zeros(3), np.zeros(3), power, radius=max(r, (z1 - z0) * 0.6) + 0.02))
+        thing.lights.append(
+            Light(
+                np.array([x, y, (z0 + z1) / 2]), np.zeros(3), np.zeros(3), power, radius=max(r, (z1 - z0) * 0.6) + 0.02
+            )
+        )
     return thing
 
 
 def lamp_floor(m):
     h, r, metal = m.uniform(1.4, 1.75), m.uniform(0.17, 0.24), [m.dark, m.brass, m.metal][m.rng.integers(3)]
-    thing = Thing.of("lamp").add(metal, lathe([(0.14, 0), (0.14, 0.02), (0.02, 0.04)], 0, r, n=20), tube([(0, r, 0.03), (0, r, h - 0.05)], 0.012, 8))
+    thing = Thing.of("lamp").add(
+        metal,
+        lathe([(0.14, 0), (0.14, 0.02), (0.02, 0.04)], 0, r, n=20),
+        tube([(0, r, 0.03), (0, r, h - 0.05)], 0.012, 8),
+    )
     return _shade(m, thing, 0, r, h - m.uniform(0.22, 0.32), h, r, 1.6)
 
 
@@ -447,18 +612,40 @@ def person(m):
     thing, s = Thing.of("person"), m.uniform(1.55, 1.85) / 1.75
     tone = m.uniform(0, 1)
     skin = m.add(PLAIN, np.array([0.93, 0.74, 0.62]) * (1 - tone) + np.array([0.38, 0.24, 0.17]) * tone, specular=0.1)
-    hair = m.add(PLAIN, [(0.08, 0.06, 0.05), (0.3, 0.18, 0.1), (0.62, 0.48, 0.28), (0.5, 0.5, 0.5)][m.rng.integers(4)], specular=0.2)
+    hair = m.add(
+        PLAIN,
+        [(0.08, 0.06, 0.05), (0.3, 0.18, 0.1), (0.62, 0.48, 0.28), (0.5, 0.5, 0.5)][m.rng.integers(4)],
+        specular=0.2,
+    )
     shirt, trousers, y, step = m.fabric(), m.fabric((0.1, 0.5), 0.95), 0.22, m.uniform(0.0, 0.1)
     for side, stride in ((-1, step), (1, -step)):
         x = 0.095 * side
-        thing.add(trousers, tube(np.array([(x, y + stride, 0.07), (x * 1.05, y + stride * 0.6 + 0.02, 0.47), (x, y, 0.93)]) * s, np.array([0.055, 0.068, 0.095]) * s, 12))
+        thing.add(
+            trousers,
+            tube(
+                np.array([(x, y + stride, 0.07), (x * 1.05, y + stride * 0.6 + 0.02, 0.47), (x, y, 0.93)]) * s,
+                np.array([0.055, 0.068, 0.095]) * s,
+                12,
+            ),
+        )
         thing.add(m.dark, ellipsoid(x * s, (y + stride + 0.06) * s, 0.045 * s, 0.05 * s, 0.13 * s, 0.045 * s))
         bend = m.uniform(0.0, 0.22)
-        arm = np.array([(0.19 * side, y, 1.4), (0.25 * side, y - 0.02, 1.13), (0.24 * side, y + bend, 0.93 + bend * 0.5)]) * s
-        thing.add(shirt, tube(arm[:2], np.array([0.055, 0.045]) * s, 10), ellipsoid(*arm[0], 0.065 * s, 0.065 * s, 0.065 * s))
-        thing.add(skin, tube(arm[1:], np.array([0.042, 0.03]) * s, 10), ellipsoid(*arm[2], 0.04 * s, 0.04 * s, 0.055 * s))
+        arm = (
+            np.array([(0.19 * side, y, 1.4), (0.25 * side, y - 0.02, 1.13), (0.24 * side, y + bend, 0.93 + bend * 0.5)])
+            * s
+        )
+        thing.add(
+            shirt, tube(arm[:2], np.array([0.055, 0.045]) * s, 10), ellipsoid(*arm[0], 0.065 * s, 0.065 * s, 0.065 * s)
+        )
+        thing.add(
+            skin, tube(arm[1:], np.array([0.042, 0.03]) * s, 10), ellipsoid(*arm[2], 0.04 * s, 0.04 * s, 0.055 * s)
+        )
     torso = lathe([(0.1, 0.86), (0.165, 0.9), (0.15, 1.08), (0.185, 1.3), (0.17, 1.42), (0.06, 1.49)], n=20)
     thing.add(shirt, torso._replace(vertices=(torso.vertices * [1.05, 0.68, 1] + [0, y, 0]) * s))
-    thing.add(skin, cylinder(0, y * s, 1.46 * s, 1.56 * s, 0.055 * s), ellipsoid(0, (y + 0.015) * s, 1.635 * s, 0.078 * s, 0.095 * s, 0.118 * s, n=18, rings=13))
+    thing.add(
+        skin,
+        cylinder(0, y * s, 1.46 * s, 1.56 * s, 0.055 * s),
+        ellipsoid(0, (y + 0.015) * s, 1.635 * s, 0.078 * s, 0.095 * s, 0.118 * s, n=18, rings=13),
+    )
     thing.add(skin, ellipsoid(0, (y + 0.115) * s, 1.625 * s, 0.014 * s, 0.02 * s, 0.022 * s, n=8, rings=6))
     return thing.add(hair, ellipsoid(0, (y - 0.012) * s, 1.665 * s, 0.086 * s, 0.098 * s, 0.105 * s, n=18, rings=13))

@@ -102,8 +102,18 @@ def wall_thing(wall: Wall, height: float, material: int, reveal: int) -> Thing:
                 thing.add(material, _quad((x1, 0, z0), (x0, 0, z0), (x0, 0, z1), (x1, 0, z1)), closed=False)
     for o in wall.openings:
         y, x0, x1, z0, z1 = -o.deep, o.x0, o.x1, o.z0, o.z1
-        thing.add(reveal, _quad((x0, 0, z0), (x0, y, z0), (x0, y, z1), (x0, 0, z1)), _quad((x1, y, z0), (x1, 0, z0), (x1, 0, z1), (x1, y, z1)), closed=False)
-        thing.add(reveal, _quad((x0, 0, z1), (x0, y, z1), (x1, y, z1), (x1, 0, z1)), _quad((x0, y, z0), (x0, 0, z0), (x1, 0, z0), (x1, y, z0)), closed=False)
+        thing.add(
+            reveal,
+            _quad((x0, 0, z0), (x0, y, z0), (x0, y, z1), (x0, 0, z1)),
+            _quad((x1, y, z0), (x1, 0, z0), (x1, 0, z1), (x1, y, z1)),
+            closed=False,
+        )
+        thing.add(
+            reveal,
+            _quad((x0, 0, z1), (x0, y, z1), (x1, y, z1), (x1, 0, z1)),
+            _quad((x0, y, z0), (x0, 0, z0), (x1, 0, z0), (x1, y, z0)),
+            closed=False,
+        )
     return thing
 
 
@@ -129,7 +139,11 @@ def baseboard(wall: Wall, material: int, high: float) -> Thing:
 
 
 def _frame(x0, x1, z0, z1, width, y0, y1, sill=True):
-    parts = [box(x0 - width, x0, y0, y1, z0, z1), box(x1, x1 + width, y0, y1, z0, z1), box(x0 - width, x1 + width, y0, y1, z1, z1 + width)]
+    parts = [
+        box(x0 - width, x0, y0, y1, z0, z1),
+        box(x1, x1 + width, y0, y1, z0, z1),
+        box(x0 - width, x1 + width, y0, y1, z1, z1 + width),
+    ]
     return [*parts, box(x0 - width, x1 + width, y0, y1, z0 - width, z0)] if sill else parts
 
 
@@ -146,13 +160,18 @@ def door(m: Materials, o: Opening, paint: int) -> Thing:
         columns = 1 if m.rng.random() < 0.4 else 2
         for z0, z1 in fields:
             for k in range(columns):
-                a, b = x + w * (k / columns) + 0.1 - 0.03 * k, x + w * ((k + 1) / columns) - 0.1 + 0.03 * (columns - 1 - k)
+                a, b = (
+                    x + w * (k / columns) + 0.1 - 0.03 * k,
+                    x + w * ((k + 1) / columns) - 0.1 + 0.03 * (columns - 1 - k),
+                )
                 thing.add(leaf, box(a, b, y1 - 0.002, y1 + 0.012, z0, min(z1, o.z1 - 0.1), bevel=0.01))
     side = m.rng.choice([-1, 1])
     hx = (o.x0 + o.x1) / 2 + side * (w / 2 - 0.07)
     metal = [m.metal, m.brass, m.dark][m.rng.integers(3)]
     thing.add(metal, box(hx - 0.02, hx + 0.02, y1, y1 + 0.006, 0.93, 1.12))
-    return thing.add(metal, tube([(hx, y1, 1.05), (hx, y1 + 0.05, 1.05), (hx - side * 0.11, y1 + 0.05, 1.05)], 0.009, 8))
+    return thing.add(
+        metal, tube([(hx, y1, 1.05), (hx, y1 + 0.05, 1.05), (hx - side * 0.11, y1 + 0.05, 1.05)], 0.009, 8)
+    )
 
 
 def window(m: Materials, o: Opening, paint: int, daylight: float, sky: int) -> Thing:
@@ -166,11 +185,17 @@ def window(m: Materials, o: Opening, paint: int, daylight: float, sky: int) -> T
     rows = int(m.rng.choice([1, 1, 2]))
     for k in range(columns + 1):
         x = o.x0 + (o.x1 - o.x0) * k / columns
-        a, b = max(x - bar / 2 - (bar / 2 if k == columns else 0), o.x0), min(x + bar / 2 + (bar / 2 if k == 0 else 0), o.x1)
+        a, b = (
+            max(x - bar / 2 - (bar / 2 if k == columns else 0), o.x0),
+            min(x + bar / 2 + (bar / 2 if k == 0 else 0), o.x1),
+        )
         thing.add(paint, box(a, b, y + 0.004, y + 0.045, o.z0, o.z1))
     for k in range(rows + 1):
         z = o.z0 + (o.z1 - o.z0) * k / rows
-        a, b = max(z - bar / 2 - (bar / 2 if k == rows else 0), o.z0), min(z + bar / 2 + (bar / 2 if k == 0 else 0), o.z1)
+        a, b = (
+            max(z - bar / 2 - (bar / 2 if k == rows else 0), o.z0),
+            min(z + bar / 2 + (bar / 2 if k == 0 else 0), o.z1),
+        )
         thing.add(paint, box(o.x0, o.x1, y + 0.004, y + 0.042, a, b))
     if daylight > 0:
         half = np.array([(o.x1 - o.x0) / 2, 0, 0]), np.array([0, 0, (o.z1 - o.z0) / 2])
@@ -198,8 +223,14 @@ def blinds(m: Materials, o: Opening) -> Thing:
     y, tilt, pitch = -min(o.deep * 0.4, 0.04), m.uniform(-0.9, 0.9), m.uniform(0.034, 0.05)
     for z in np.arange(o.z1 - 0.05, low, -pitch):
         thing.add(skin, box(x0, x1, -0.02, 0.02, -0.001, 0.001).turned(x=tilt).moved(y=y, z=z))
-    thing.add(skin, box(x0, x1, y - 0.02, y + 0.02, o.z1 - 0.035, o.z1), box(x0, x1, y - 0.02, y + 0.02, low - 0.025, low - 0.005))
-    return thing.add(skin, *(box(x - 0.002, x + 0.002, y - 0.002, y + 0.002, low, o.z1) for x in (x0 + 0.12, x1 - 0.12)))
+    thing.add(
+        skin,
+        box(x0, x1, y - 0.02, y + 0.02, o.z1 - 0.035, o.z1),
+        box(x0, x1, y - 0.02, y + 0.02, low - 0.025, low - 0.005),
+    )
+    return thing.add(
+        skin, *(box(x - 0.002, x + 0.002, y - 0.002, y + 0.002, low, o.z1) for x in (x0 + 0.12, x1 - 0.12))
+    )
 
 
 def curtains(m: Materials, o: Opening, height: float) -> Thing:
@@ -214,7 +245,9 @@ def curtains(m: Materials, o: Opening, height: float) -> Thing:
         thing.add(cloth, solid.moved(centre, 0.065, low))
         if side < 0:
             thing.item("curtain")
-    thing.item("otherprop").add(metal, tube([(o.x0 - out - 0.06, 0.1, top + 0.015), (o.x1 + out + 0.06, 0.1, top + 0.015)], 0.012, 8))
+    thing.item("otherprop").add(
+        metal, tube([(o.x0 - out - 0.06, 0.1, top + 0.015), (o.x1 + out + 0.06, 0.1, top + 0.015)], 0.012, 8)
+    )
     for x in (o.x0 - out - 0.08, o.x1 + out + 0.08):
         thing.add(metal, ellipsoid(x, 0.1, top + 0.015, 0.028, 0.028, 0.028, n=10, rings=7))
         thing.add(metal, box(x * 0.98 - 0.008, x * 0.98 + 0.008, 0, 0.1, top + 0.005, top + 0.02))
@@ -244,7 +277,9 @@ def mirror(m: Materials, low: bool = False) -> Thing:
     if not low and m.rng.random() < 0.3:
         r = w / 2
         ring = lathe([(r - 0.03, 0), (r, 0), (r, 0.02), (r - 0.03, 0.02)], n=32, closed=True).turned(x=-np.pi / 2)
-        return thing.add(frame, ring.moved(z=r)).add(glass, lathe([(r - 0.02, 0), (r - 0.02, 0.01)], n=32).turned(x=-np.pi / 2).moved(z=r))
+        return thing.add(frame, ring.moved(z=r)).add(
+            glass, lathe([(r - 0.02, 0), (r - 0.02, 0.01)], n=32).turned(x=-np.pi / 2).moved(z=r)
+        )
     bar = m.uniform(0.015, 0.05)
     thing.add(frame, *_frame(-w / 2 + bar, w / 2 - bar, bar, h - bar, bar, 0.0, 0.025))
     return thing.add(glass, box(-w / 2 + bar, w / 2 - bar, 0.0, 0.012, bar, h - bar))
@@ -254,13 +289,17 @@ def whiteboard(m: Materials) -> Thing:
     """White or green, with a metal frame, a tray, writing and markers."""
     w, h, green = m.uniform(1.4, 2.6), m.uniform(0.95, 1.2), m.rng.random() < 0.15
     ground, ink = ((0.12, 0.25, 0.2), (0.85, 0.87, 0.82)) if green else ((0.95, 0.95, 0.96), (0.15, 0.2, 0.5))
-    face = m.add(kinds.TEXT, ground, ink, scale=m.uniform(7, 13), specular=0.3, shine=60, reflect=0.04, p0=m.uniform(0.3, 0.9))
+    face = m.add(
+        kinds.TEXT, ground, ink, scale=m.uniform(7, 13), specular=0.3, shine=60, reflect=0.04, p0=m.uniform(0.3, 0.9)
+    )
     thing = Thing.of("whiteboard").add(m.metal, *_frame(-w / 2 + 0.02, w / 2 - 0.02, 0.02, h - 0.02, 0.02, 0, 0.02))
     thing.add(face, box(-w / 2 + 0.02, w / 2 - 0.02, 0.0, 0.012, 0.02, h - 0.02))
     thing.add(m.metal, box(-w / 2 + 0.1, w / 2 - 0.1, 0.0, 0.08, -0.01, 0.0))
     for k in range(3):
         x = m.uniform(-w / 3, w / 3)
-        thing.item("otherprop").add(m.paint((0.4, 0.9)), tube([(x, 0.045, 0.009), (x + 0.12, 0.05 + 0.005 * k, 0.009)], 0.008, 7))
+        thing.item("otherprop").add(
+            m.paint((0.4, 0.9)), tube([(x, 0.045, 0.009), (x + 0.12, 0.05 + 0.005 * k, 0.009)], 0.008, 7)
+        )
     return thing
 
 
@@ -277,18 +316,41 @@ def radiator(m: Materials) -> Thing:
     thing, w, h = Thing.of("otherfurniture"), m.uniform(0.6, 1.2), m.uniform(0.5, 0.6)
     for x in np.arange(-w / 2, w / 2, 0.06):
         thing.add(m.white, box(x, x + 0.045, 0.03, 0.11, 0.12, h + 0.12, bevel=0.012))
-    return thing.add(m.white, tube([(-w / 2, 0.07, 0.18), (w / 2, 0.07, 0.18)], 0.02, 8), tube([(w / 2 - 0.03, 0.07, 0), (w / 2 - 0.03, 0.07, 0.18)], 0.012, 6))
+    return thing.add(
+        m.white,
+        tube([(-w / 2, 0.07, 0.18), (w / 2, 0.07, 0.18)], 0.02, 8),
+        tube([(w / 2 - 0.03, 0.07, 0), (w / 2 - 0.03, 0.07, 0.18)], 0.012, 6),
+    )
 
 
 def fireplace(m: Materials) -> Thing:
     """Surround, mantel shelf, dark hearth with logs."""
     thing, w, h = Thing.of("otherstructure"), m.uniform(1.2, 1.6), m.uniform(1.0, 1.2)
-    stone = m.add(kinds.BRICK, (0.55, 0.28, 0.2), (0.42, 0.2, 0.15), (0.7, 0.68, 0.64), scale=4.5, p0=0.006, p1=2.8) if m.rng.random() < 0.6 else m.wood()
-    thing.add(stone, box(-w / 2, -w * 0.28, 0, 0.3, 0, h), box(w * 0.28, w / 2, 0, 0.3, 0, h), box(-w * 0.28, w * 0.28, 0, 0.3, h * 0.7, h))
+    stone = (
+        m.add(kinds.BRICK, (0.55, 0.28, 0.2), (0.42, 0.2, 0.15), (0.7, 0.68, 0.64), scale=4.5, p0=0.006, p1=2.8)
+        if m.rng.random() < 0.6
+        else m.wood()
+    )
+    thing.add(
+        stone,
+        box(-w / 2, -w * 0.28, 0, 0.3, 0, h),
+        box(w * 0.28, w / 2, 0, 0.3, 0, h),
+        box(-w * 0.28, w * 0.28, 0, 0.3, h * 0.7, h),
+    )
     thing.add(m.dark, box(-w * 0.28, w * 0.28, 0, 0.04, 0.03, h * 0.7), box(-w * 0.28, w * 0.28, 0.0, 0.34, 0, 0.03))
     thing.add(m.wood(0), box(-w / 2 - 0.08, w / 2 + 0.08, 0, 0.38, h, h + 0.06, bevel=0.01))
     for k in range(3):
-        thing.add(m.wood(), tube([(-0.2 + 0.05 * k, 0.14 + 0.05 * (k % 2), 0.075 + 0.06 * (k == 2)), (0.2, 0.16 + 0.04 * (k % 2), 0.075 + 0.07 * (k == 2))], 0.045, 9))
+        thing.add(
+            m.wood(),
+            tube(
+                [
+                    (-0.2 + 0.05 * k, 0.14 + 0.05 * (k % 2), 0.075 + 0.06 * (k == 2)),
+                    (0.2, 0.16 + 0.04 * (k % 2), 0.075 + 0.07 * (k == 2)),
+                ],
+                0.045,
+                9,
+            ),
+        )
     return thing
 
 
@@ -303,29 +365,44 @@ def ceiling_light(m: Materials, strength: float, office: bool) -> Thing:
         half, drop = (a, b), 0.06
     elif style == 0:
         r = m.uniform(0.15, 0.24)
-        thing.add(m.metal, cylinder(0, 0, -0.02, 0, r * 1.05, n=24)).add(glow, lathe([(0.02, -0.12), (r * 0.6, -0.1), (r * 0.95, -0.05), (r, -0.02)], n=24))
+        thing.add(m.metal, cylinder(0, 0, -0.02, 0, r * 1.05, n=24)).add(
+            glow, lathe([(0.02, -0.12), (r * 0.6, -0.1), (r * 0.95, -0.05), (r, -0.02)], n=24)
+        )
         half, drop = (r * 0.8, r * 0.8), 0.16
     else:
         r, low = m.uniform(0.14, 0.25), m.uniform(0.45, 0.75)
         thing.add(m.dark, tube([(0, 0, -low + 0.1), (0, 0, 0)], 0.005, 6), cylinder(0, 0, -0.03, 0, 0.05))
         skin = m.paint((0.3, 0.95), 0.3)
-        thing.add(skin, lathe([(r, -low), (0.05, -low + 0.2), (0.03, -low + 0.2), (r - 0.012, -low)], n=24, closed=True))
+        thing.add(
+            skin, lathe([(r, -low), (0.05, -low + 0.2), (0.03, -low + 0.2), (r - 0.012, -low)], n=24, closed=True)
+        )
         thing.add(glow, ellipsoid(0, 0, -low + 0.06, 0.045, 0.045, 0.055))
         half, drop = (r * 0.6, r * 0.6), low + 0.03
     if on:
         # u x v points down.
-        thing.lights.append(Light(np.array([0, 0, -drop]), np.array([0, half[1], 0]), np.array([half[0], 0, 0]), warm * strength))
+        thing.lights.append(
+            Light(np.array([0, 0, -drop]), np.array([0, half[1], 0]), np.array([half[0], 0, 0]), warm * strength)
+        )
     return thing
 
 
 def _frame_flat(a, b, t=0.03):
-    return [box(-a - t, a + t, -b - t, -b, -0.04, 0), box(-a - t, a + t, b, b + t, -0.04, 0), box(-a - t, -a, -b, b, -0.04, 0), box(a, a + t, -b, b, -0.04, 0)]
+    return [
+        box(-a - t, a + t, -b - t, -b, -0.04, 0),
+        box(-a - t, a + t, b, b + t, -0.04, 0),
+        box(-a - t, -a, -b, b, -0.04, 0),
+        box(a, a + t, -b, b, -0.04, 0),
+    ]
 
 
 def column(m: Materials, height: float) -> Thing:
     thing, r, z = Thing.of("otherstructure"), m.uniform(0.14, 0.2), height
     skin = m.white
-    thing.add(skin, cylinder(0, r + 0.03, 0.12, z - 0.12, r, r * 0.9, n=24), box(-r - 0.03, r + 0.03, 0, 2 * r + 0.06, 0, 0.12, bevel=0.01))
+    thing.add(
+        skin,
+        cylinder(0, r + 0.03, 0.12, z - 0.12, r, r * 0.9, n=24),
+        box(-r - 0.03, r + 0.03, 0, 2 * r + 0.06, 0, 0.12, bevel=0.01),
+    )
     top = hexa([(-r, 0.03, z - 0.12), (r, 0.03, z - 0.12), (r, 0.03 + 2 * r, z - 0.12), (-r, 0.03 + 2 * r, z - 0.12)],
                [(-r - 0.04, 0, z), (r + 0.04, 0, z), (r + 0.04, 2 * r + 0.06, z), (-r - 0.04, 2 * r + 0.06, z)])  # fmt: skip
     return thing.add(skin, top)

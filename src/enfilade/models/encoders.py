@@ -7,6 +7,7 @@ inputs that are not divisible by its stride, and always says which weights it ho
 import logging
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -61,24 +62,37 @@ class Encoder(nn.Module):
             options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(weights)}}
         elif weights == "timm":
             options |= {"pretrained": True}
-        # TensorFlow-style padding: the MobileNetV2 weights at hand were trained with it
-        extra = {"pad_type": "same"} if name.startswith("mobilenetv2") else {}
+        # The freely licensed MobileNetV2 weights come from TensorFlow, whose strided convolutions pad "same"
+        extra: dict = {"pad_type": "same"} if name.startswith("mobilenetv2") else {}
         try:
             self.net = timm.create_model(name, **options, **extra)
         except Exception as error:
             raise UserError(f"cannot load weights {weights!r} into encoder {name}: {error}") from error
+        if "pretrained_cfg_overlay" in options:
+            # timm passes over weights that the file lacks. What changes with the seed did not come from the file.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(torch.initial_seed() + 1)
+                again = timm.create_model(name, **options, **extra).state_dict()
+            lost = [k for k, v in self.net.state_dict().items() if not torch.equal(v, again[k])]
+            if lost:
+                raise UserError(f"{weights} does not fit encoder {name}: it lacks {len(lost)} tensors, first {lost[0]}")
         for module in self.net.modules():
             if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1 and module.stride[0] > 1:
-                module.forward = partial(in_fp32, module)  # a partial, not a closure: it survives deepcopy
-        self.channels: list[int] = self.net.feature_info.channels()
-        self.strides: list[int] = self.net.feature_info.reduction()
-        config = self.net.pretrained_cfg or {}
-        mean, std = (0.5,) * 3, (0.5,) * 3  # the local MobileNetV2 weights take [-1, 1]
-        if not name.startswith("mobilenetv2"):
-            mean, std = config.get("mean", mean), config.get("std", std)
-        pad = in_channels - 3
-        self.register_buffer("mean", torch.tensor([*mean, *(0.5,) * pad]).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([*std, *(0.5,) * pad]).view(1, -1, 1, 1), persistent=False)
+                module.__dict__["forward"] = partial(in_fp32, module)  # a partial, not a closure: it survives deepcopy
+        info: Any = self.net.feature_info
+        self.channels: list[int] = info.channels()
+        self.strides: list[int] = info.reduction()
+        # Colours as the weights want them: a local MobileNetV2 file follows TensorFlow, [-1, 1]. Kept in checkpoints.
+        config: dict[str, Any] = (
+            {}
+            if name.startswith("mobilenetv2") and weights != "timm"
+            else dict(cast(Any, self.net).pretrained_cfg or {})
+        )
+        more = (0.5,) * (in_channels - 3)
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor([*config.get("mean", (0.5,) * 3), *more]).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor([*config.get("std", (0.5,) * 3), *more]).view(1, -1, 1, 1))
         source = "random weights" if weights is None else f"weights {'of timm' if weights == 'timm' else weights}"
         count = sum(p.numel() for p in self.net.parameters())
         self.loaded = f"encoder {name}: {source}, {count / 1e6:.2f} M parameters"

@@ -21,6 +21,11 @@ Affinity = Literal["dot", "softmax", "window"]
 Fusion = Literal["none", "vanilla", "gap"]
 
 
+def full(x: Tensor) -> Tensor:
+    """At least fp32 (autocast hands over bf16); float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def conv_bn(cin: int, cout: int, kernel: int, relu: bool = True) -> nn.Sequential:
     layers = [nn.Conv2d(cin, cout, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(cout)]
     return nn.Sequential(*layers, nn.ReLU(inplace=True)) if relu else nn.Sequential(*layers)
@@ -103,6 +108,8 @@ class GeometryAwarePropagation(nn.Module):
         super().__init__()
         if affinity not in ("dot", "softmax", "window"):
             raise ValueError(f"affinity is 'dot', 'softmax' or 'window', not {affinity!r}")
+        if window % 2 == 0:
+            raise ValueError(f"a window has an odd side, so that it has a centre; {window} has none")
         self.affinity, self.window = affinity, window
         self.eta = conv_bn(channels, inner, 1, relu=False)
         self.phi = conv_bn(channels, inner, 1, relu=False)
@@ -123,8 +130,8 @@ def propagate_dot(
 ) -> Float[Tensor, "b d h w"]:
     """Eq. (3) with W_ij = softplus(η_i) . softplus(φ_j), all positions, O(n)."""
     with torch.autocast(eta.device.type, enabled=False):  # sums over n positions need fp32
-        e, f = F.softplus(eta.float()).flatten(2), F.softplus(phi.float()).flatten(2)
-        d = delta.float().flatten(2)
+        e, f = F.softplus(full(eta)).flatten(2), F.softplus(full(phi)).flatten(2)
+        d = full(delta).flatten(2)
         n = f.shape[-1]
         context = torch.einsum("bmn,bdn->bmd", f, d) / n  # Σ_j φ_j δ_jᵀ; the 1/n cancels, and keeps fp32 exact
         norm = torch.einsum("bmn,bm->bn", e, f.mean(-1))
@@ -158,14 +165,16 @@ def propagate_window(
 
     Because W is linear in φ, the window sums are box filters of φ_m δ_d and of φ_m, again without any n x k² matrix.
     """
-    e, f = F.softplus(eta.float()), F.softplus(phi.float())
+    e, f, d = F.softplus(full(eta)), F.softplus(full(phi)), full(delta)
 
     def box(x):
         return F.avg_pool2d(x, window, stride=1, padding=window // 2, count_include_pad=True)
 
-    pairs = [(e[:, i : i + 1], f[:, i : i + 1]) for i in range(f.shape[1])]
-    q = sum(eta_i * box(phi_i * delta.float()) for eta_i, phi_i in pairs)
-    return q / sum(eta_i * box(phi_i) for eta_i, phi_i in pairs)
+    norm = (e * box(f)).sum(1, keepdim=True)
+    q = torch.zeros_like(d)
+    for eta_m, phi_m in zip(e.split(1, 1), f.split(1, 1)):
+        q = q + eta_m * box(phi_m * d)
+    return q / norm
 
 
 class VanillaFusion(nn.Module):
@@ -260,14 +269,12 @@ class GAD(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")  # "initialized by the method in [15]"
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for head in (self.classifier, self.depth_head):
-            if head is not None:
-                nn.init.normal_(head.weight, std=0.01)
-        if self.depth_head is not None:
-            # softplus of this is about 2.7 m, the middle of a room, so that berHu's threshold starts out sensible
-            nn.init.constant_(self.depth_head.bias, 2.6)
-        for block in self.spf or ():
-            nn.init.normal_(block.side.weight, std=0.01)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("classifier.weight", "depth_head.weight", "side.weight")):
+                nn.init.normal_(parameter, std=0.01)  # all classes start out alike
+            elif name == "depth_head.bias":
+                # softplus of this is about 2.7 m, the middle of a room: berHu's threshold starts out sensible
+                nn.init.constant_(parameter, 2.6)
 
     @property
     def parts(self) -> dict[str, list[nn.Module]]:

@@ -22,8 +22,10 @@ class FPN(nn.Module):
         ours = Encoder(encoder, weights=weights)  # the same file, checks and colour normalisation as ours
         self.loaded = ours.loaded
         self.net.encoder.model = ours.net
-        self.register_buffer("mean", ours.mean, persistent=False)
-        self.register_buffer("std", ours.std, persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", ours.mean)
+        self.register_buffer("std", ours.std)
 
     @property
     def parts(self) -> dict[str, list[nn.Module]]:

@@ -1,0 +1,111 @@
+"""What a training step sees: order, augmentation and depth supervision as pure functions of (seed, epoch, index).
+
+Nothing here keeps a state, so a training that starts again in the middle of an epoch sees what it would have seen.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from enfilade.data.transforms import Augment
+from enfilade.stages import Recipe, Stage
+from enfilade.types import Batch, Sample, collate
+
+
+class Augmented(Dataset):
+    """A reader's samples, augmented as a pure function of (seed, stage, epoch, index)."""
+
+    def __init__(self, reader, recipe: Recipe, stage_index: int):
+        stage = recipe.stages[stage_index]
+        self.reader, self.key = reader, (recipe.seed, stage_index)
+        self.augment = Augment(
+            stage.size, scale=recipe.scale, focal=recipe.focal, zoom=stage.zoom, flip=stage.flip, colour=stage.colour
+        )
+        self.with_depth = supervised(len(reader), recipe.depth_fraction, recipe.seed)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, item: tuple[int, int]) -> Sample:
+        epoch, index = item
+        sample = self.reader[index]
+        if not self.with_depth[index]:
+            sample = sample.replace(depth=None)
+        return self.augment(sample, np.random.default_rng((*self.key, epoch, index)))
+
+
+def supervised(count: int, fraction: float, seed: int) -> np.ndarray:
+    """Which of `count` samples keep their depth: a random subset, the same in every epoch (GAD Section 4.5)."""
+    chosen = np.zeros(count, bool)
+    chosen[np.random.default_rng((seed, 5)).permutation(count)[: round(fraction * count)]] = True
+    return chosen
+
+
+class Order(Sampler):
+    """Batches of (epoch, index) of this process, from micro-batch `start` to the end of the stage."""
+
+    def __init__(self, count: int, recipe: Recipe, stage_index: int, start: int, rank: int, world: int):
+        stage = recipe.stages[stage_index]
+        self.seed, self.stage = (recipe.seed, stage_index, 1), stage
+        self.count, self.start, self.rank, self.world = count, start, rank, world
+        self.per_epoch = steps_per_epoch(count, stage, world) * stage.accumulate
+
+    def __len__(self) -> int:
+        return self.per_epoch * self.stage.epochs - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        batch = self.stage.batch
+        for epoch in range(self.start // self.per_epoch, self.stage.epochs):
+            order = np.random.default_rng((*self.seed, epoch)).permutation(self.count)
+            needed = self.per_epoch * batch * self.world
+            order = np.resize(order, needed)  # a data set smaller than one batch is repeated
+            first = max(0, self.start - epoch * self.per_epoch)
+            for k in range(first, self.per_epoch):
+                at = (k * self.world + self.rank) * batch
+                yield [(epoch, int(i)) for i in order[at : at + batch]]
+
+
+def steps_per_epoch(count: int, stage: Stage, world: int) -> int:
+    """Updates in an epoch; the remainder of an epoch that fills no batch is dropped (another one in each epoch)."""
+    return max(1, count // (stage.batch * stage.accumulate * world))
+
+
+def batches(
+    reader, recipe: Recipe, stage_index: int, start: int, rank: int, world: int, workers: int
+) -> Iterator[Batch]:
+    """The rest of a stage, from micro-batch `start`, for one of `world` processes."""
+    return iter(
+        DataLoader(
+            Augmented(reader, recipe, stage_index),
+            batch_sampler=Order(len(reader), recipe, stage_index, start, rank, world),
+            collate_fn=collate,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            generator=torch.Generator().manual_seed(0),  # else the loader draws from the global generator
+            worker_init_fn=one_thread,
+        )
+    )
+
+
+def one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def class_weights(reader, power: float, classes: int) -> Tensor | None:
+    """Median-frequency weights (median_freq / freq_c) to the given power; freq_c counts c's pixels over all pixels of
+    the images that contain c (Eigen & Fergus 2015, Section 6.3.2). Classes that never occur get 0."""
+    if power == 0:
+        return None
+    pixels, area = np.zeros(classes), np.zeros(classes)
+    for i in range(len(reader)):
+        labels = reader.labels(i) if hasattr(reader, "labels") else reader[i].labels
+        counts = np.bincount(labels.ravel(), minlength=256)[:classes]
+        pixels += counts
+        area += (counts > 0) * counts.sum()
+    frequency = pixels / np.maximum(area, 1)
+    seen = frequency > 0
+    weights = np.where(seen, np.median(frequency[seen]) / np.where(seen, frequency, 1), 0) ** power
+    return torch.tensor(weights, dtype=torch.float32)

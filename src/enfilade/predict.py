@@ -1,0 +1,464 @@
+"""From a photo to labels, metric depth and a coloured point cloud: what the command line and the server call.
+
+    predictor = enfilade.load()
+    prediction = predictor.predict("photo.jpg")
+
+The network sees every image at the scale it was trained on: resized, keeping the aspect ratio, to the *area* of its
+training input. Its depth is that of a canonical camera, whose focal length at the network's input is `meta["focal"]`
+pixels; a real camera of f_input pixels there sees everything f_input / focal times farther. So metres need a camera:
+given, or from EXIF, or else assumed to be the canonical one, and the prediction says which.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor, nn
+
+from enfilade import images, labels, viz
+from enfilade.camera import Camera
+from enfilade.errors import UserError
+from enfilade.types import Output, Prediction
+
+# What a model file that lacks a key is taken to mean: NYUv2's label space, and its camera at 320 x 240.
+DEFAULTS = {"space": "nyu40", "size": (240, 320)}
+NYU_FOCAL, NYU_WIDTH = 518.8579, 640
+
+FILES = ("labels", "depth", "overlay", "panel", "arrays", "points")
+PLY_POINTS = 1_000_000  # `save` thins larger clouds by a stride
+MIN_SIDE = 32  # of the network's input, for images of extreme shape
+STRIP = 2**16  # pixels that are up-sampled at once, over all classes: stays in the cache
+
+
+class Predictor:
+    """A network ready to predict. `meta` is its file's header (see `checkpoint`): "space", "size" (height, width of
+    the input in training) and "focal" (pixels at that width), each with a default.
+
+    `flip` averages probabilities and depth over the image and its mirror image, at twice the time. `precision` is
+    "fp32", "bf16" or "auto": bf16 on a GPU, fp32 on a CPU. `device` defaults to a GPU where there is one.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        meta: dict[str, Any] | None = None,
+        *,
+        device: str | torch.device | None = None,
+        flip: bool = True,
+        precision: Literal["fp32", "bf16", "auto"] = "auto",
+    ):
+        if precision not in ("fp32", "bf16", "auto"):
+            raise UserError(f"precision is fp32, bf16 or auto, not {precision!r}")
+        self.device = _device(device)
+        self.meta = DEFAULTS | (meta or {})
+        self.flip = flip
+        self.precision = precision
+        self.space = labels.get(self.meta["space"])
+        height, width = self.meta["size"]
+        self.area = int(height * width)
+        self.focal = float(self.meta.get("focal") or NYU_FOCAL * width / NYU_WIDTH)
+        self.network = network.eval().to(self.device, memory_format=torch.channels_last)
+
+    def __call__(self, source: images.Source, *, camera: Camera | None = None, fov: float | None = None) -> Prediction:
+        return self.predict(source, camera=camera, fov=fov)
+
+    def predict(self, source: images.Source, *, camera: Camera | None = None, fov: float | None = None) -> Prediction:
+        """Predict on one image: anything `images.read` takes. The camera is `camera` (of this image, upright; one of
+        another size but the same shape is resized), or has the horizontal field of view `fov` in degrees, or comes
+        from EXIF, or is assumed. Raises UserError for an image that cannot be read or a camera that does not fit."""
+        return self.batch([source], camera=camera, fov=fov)[0]
+
+    def batch(
+        self,
+        sources: Sequence[images.Source],
+        *,
+        camera: Camera | None = None,
+        fov: float | None = None,
+        batch_size: int = 8,
+    ) -> list[Prediction]:
+        """Predict on several images of any sizes, in order; neighbours of one shape go through the network together,
+        at most `batch_size` at once. All are held in memory: for many files, use `stream` or `predict_many`."""
+        read = [images.read(source) for source in sources]
+        placed = [self._camera(image, camera, fov) for image in read]
+        inputs = [self.prepare(image.rgb) for image in read]
+        predictions = []
+        while len(predictions) < len(inputs):
+            first = len(predictions)
+            last = first + 1
+            while last < min(len(inputs), first + batch_size) and inputs[last].shape == inputs[first].shape:
+                last += 1
+            output = self.infer(torch.from_numpy(np.stack(inputs[first:last])))
+            predictions += [self._finish(read[i], *placed[i], output, i - first) for i in range(first, last)]
+        return predictions
+
+    def stream(
+        self, sources: Iterable[images.Source], *, camera: Camera | None = None, fov: float | None = None
+    ) -> Iterator[Prediction | UserError]:
+        """Predict one image after the other, reading the next while the network runs. In the place of an image that
+        cannot be read or does not fit its camera comes the error, and the rest follow."""
+
+        def load(source):
+            try:
+                return images.read(source)
+            except UserError as error:
+                return error
+
+        with ThreadPoolExecutor(1) as pool:
+            waiting = None
+            for source in sources:
+                ahead = pool.submit(load, source)
+                if waiting is not None:
+                    yield self._try(waiting.result(), camera, fov)
+                waiting = ahead
+            if waiting is not None:
+                yield self._try(waiting.result(), camera, fov)
+
+    def _try(self, image: images.Image | UserError, camera: Camera | None, fov: float | None) -> Prediction | UserError:
+        try:
+            return image if isinstance(image, UserError) else self.predict(image, camera=camera, fov=fov)
+        except UserError as error:
+            return error
+
+    def input_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width at which the network sees an image: the aspect ratio kept, the area that of training. No
+        side is below 32, which distorts images more than 75 times as long as wide (at 320 x 240)."""
+        scale = math.sqrt(self.area / (height * width))
+        low, high = MIN_SIDE, max(MIN_SIDE, self.area // MIN_SIDE)
+        return min(max(round(height * scale), low), high), min(max(round(width * scale), low), high)
+
+    def prepare(self, rgb: Float32[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "3 h2 w2"]:
+        """The network's input: averaged over areas when it shrinks, interpolated when it grows."""
+        height, width = self.input_size(*rgb.shape[:2])
+        how = cv2.INTER_AREA if height * width < rgb.shape[0] * rgb.shape[1] else cv2.INTER_LINEAR
+        return np.ascontiguousarray(cv2.resize(rgb, (width, height), interpolation=how).transpose(2, 0, 1))
+
+    @torch.inference_mode()
+    def infer(self, image: Float[Tensor, "b 3 h w"]) -> Output:
+        """Class probabilities (in `logits`) and canonical depth, at the network's own resolution, averaged over the
+        image and its mirror image where `flip` is on."""
+        image = image.to(self.device)
+        if self.flip:
+            image = torch.cat([image, image.flip(-1)])
+        bf16 = self.precision == "bf16" or (self.precision == "auto" and self.device.type == "cuda")
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            output = self.network(image.contiguous(memory_format=torch.channels_last))
+        probabilities, depth = output.logits, output.depth
+        if probabilities is not None:
+            if probabilities.shape[1] != len(self.space.names):
+                raise UserError(
+                    f"the network has {probabilities.shape[1]} classes, its label space {self.space.name} has "
+                    f"{len(self.space.names)}: the model file's 'space' is wrong"
+                )
+            probabilities = probabilities.float().softmax(1)
+        if depth is not None:
+            depth = depth.float()
+        if self.flip:
+            probabilities, depth = (x if x is None else _unflip(x) for x in (probabilities, depth))
+        return Output(logits=probabilities, depth=depth)
+
+    def _finish(self, image: images.Image, camera: Camera, source: str, output: Output, index: int) -> Prediction:
+        height, width = image.rgb.shape[:2]
+        chosen = confidence = depth = None
+        if output.logits is not None:
+            chosen, confidence = (x.cpu().numpy() for x in decide(output.logits[index], height, width))
+        if output.depth is not None:
+            seen = camera.resized(*reversed(self.input_size(height, width)))
+            zoom = math.sqrt(seen.fx * seen.fy) / self.focal
+            canonical = F.interpolate(output.depth[index, None, None], (height, width), mode="bilinear")[0, 0]
+            depth = (canonical * zoom).cpu().numpy()
+        return Prediction(
+            image=image.rgb,
+            labels=chosen,
+            depth=depth,
+            confidence=confidence,
+            camera=camera,
+            camera_source=source,
+            space=self.space.name,
+            name=image.name,
+        )
+
+    def _camera(self, image: images.Image, camera: Camera | None, fov: float | None) -> tuple[Camera, str]:
+        height, width = image.rgb.shape[:2]
+        if camera is not None and fov is not None:
+            raise UserError("give a camera or a field of view, not both")
+        if camera is not None:
+            if abs(camera.width * height - camera.height * width) > 0.01 * camera.width * height:
+                raise UserError(
+                    f"{image.name} is {width} x {height} pixels and its camera {camera.width} x {camera.height}: "
+                    f"give the intrinsics of this image, upright"
+                )
+            return (camera if (camera.width, camera.height) == (width, height) else camera.resized(width, height)), "given"
+        if fov is not None:
+            if not 1 <= fov <= 170:
+                raise UserError(f"a horizontal field of view lies between 1 and 170 degrees, not {fov:g}")
+            return Camera.from_fov(width, height, fov), "given"
+        if image.focal is not None:
+            focal, source = image.focal, "exif"
+        else:  # the canonical camera: f_input = focal, so that the network's depth is taken at its word
+            input_height, input_width = self.input_size(height, width)
+            focal, source = self.focal * math.sqrt(height * width / (input_height * input_width)), "assumed"
+        return Camera(focal, focal, (width - 1) / 2, (height - 1) / 2, width, height), source
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's own message spans screens
+        raise UserError(f"device {str(device)!r} is not available here: leave it out, or give cpu") from error
+    return device
+
+
+def _unflip(both: Float[Tensor, "b2 ..."]) -> Float[Tensor, "b ..."]:
+    """The mean over images (first half) and their mirror images (second half)."""
+    straight, mirrored = both.chunk(2)
+    return (straight + mirrored.flip(-1)) / 2
+
+
+def decide(
+    probabilities: Float[Tensor, "k h2 w2"], height: int, width: int, strip: int = STRIP
+) -> tuple[UInt8[Tensor, "h w"], Float[Tensor, "h w"]]:
+    """The likeliest class and its probability at each pixel of a `height` x `width` image: bilinear up-sampling
+    (align_corners=False) of all classes and arg max, without ever holding all classes at full size: 12 megapixels
+    times 40 classes are 1.9 GB. Rows are made in strips of about `strip` pixels. Ties go to the lower class."""
+    # At every pixel the probabilities sum to 1, so the winner has at least 1/k, and a class that reaches 1/k at no
+    # node of the grid can win nowhere between them. Usually more than half of the classes go.
+    count, rows, _ = probabilities.shape
+    kept = (probabilities.amax((1, 2)) >= (1 - 1e-4) / count).nonzero()[:, 0]
+    wide = F.interpolate(probabilities[kept].float(), width, mode="linear")  # along the rows; [kept, h2, width]
+
+    position = ((torch.arange(height, device=wide.device) + 0.5) * (rows / height) - 0.5).clamp(0, rows - 1)
+    above = position.long().clamp(max=max(rows - 2, 0))
+    below = (above + 1).clamp(max=rows - 1)
+    weight = (position - above)[:, None]
+    classes = torch.empty(height, width, dtype=torch.uint8, device=wide.device)
+    best = torch.empty(height, width, device=wide.device)
+    step = max(1, strip // width)
+    for top in range(0, height, step):
+        span = slice(top, top + step)
+        a, b, w = above[span], below[span], weight[span]
+        winner = best[span].fill_(-1)
+        chosen = classes[span]
+        for k, plane in zip(kept.tolist(), wide):
+            value = torch.lerp(plane[a], plane[b], w)
+            chosen.masked_fill_(value > winner, k)
+            torch.maximum(winner, value, out=winner)
+    return classes, best.clamp_(max=1)
+
+
+def load(
+    model: str | Path = "gad-nyuv2",
+    device: str | torch.device | None = None,
+    *,
+    flip: bool = True,
+    precision: Literal["fp32", "bf16", "auto"] = "auto",
+) -> Predictor:
+    """A predictor from a shipped model's name, a model file or a run's folder. Raises UserError, see
+    `checkpoint.load`."""
+    from enfilade.checkpoint import load as load_checkpoint
+
+    loaded = load_checkpoint(model)
+    return Predictor(loaded.network, loaded.meta, device=device, flip=flip, precision=precision)
+
+
+_loaded = lru_cache(maxsize=1)(load)
+
+
+def predict(
+    source: images.Source,
+    model: str | Path = "gad-nyuv2",
+    *,
+    camera: Camera | None = None,
+    fov: float | None = None,
+    device: str | torch.device | None = None,
+    flip: bool = True,
+    precision: Literal["fp32", "bf16", "auto"] = "auto",
+) -> Prediction:
+    """Predict on one image; see `Predictor`. The last model used is kept for the next call."""
+    return _loaded(model, device, flip=flip, precision=precision).predict(source, camera=camera, fov=fov)
+
+
+def save(
+    prediction: Prediction, folder: str | Path, *, stem: str | None = None, files: Sequence[str] = FILES
+) -> list[str]:
+    """Write files to `folder`, each whole or not at all, and return their paths. `stem` defaults to the image's name.
+
+    * "labels": `<stem>.labels.png`, uint8 class numbers of the label space.
+    * "depth": `<stem>.depth.png`, uint16 millimetres, 0 unknown, at most 65.535 m.
+    * "overlay", "panel": `<stem>.overlay.png`, `<stem>.panel.png`, pictures to look at.
+    * "arrays": `<stem>.npz` with labels, depth (metres), confidence, intrinsics [3, 3], camera_source, space, names.
+    * "points": `<stem>.ply`, a coloured point cloud in metres, of at most a million points or so.
+
+    What a prediction lacks is left out. Raises UserError for an unknown kind of file or an unwritable folder.
+    """
+    if unknown := [f for f in files if f not in FILES]:
+        raise UserError(f"no such output {', '.join(map(repr, unknown))}: choose among {', '.join(FILES)}")
+    stem = Path(stem or prediction.name or "image").name
+    folder = images.make_folder(folder)
+    p, space = prediction, labels.get(prediction.space)
+    written: list[str] = []
+
+    def place(ending: str) -> Path:
+        written.append(str(folder / f"{stem}.{ending}"))
+        return Path(written[-1])
+
+    if "labels" in files and p.labels is not None:
+        images.write_png(place("labels.png"), p.labels)
+    if "depth" in files and p.depth is not None:
+        known = np.where(np.isfinite(p.depth), p.depth, 0)
+        images.write_png(place("depth.png"), (known * 1000).round().clip(0, 65535).astype(np.uint16))
+    if "overlay" in files and p.labels is not None:
+        images.write_png(place("overlay.png"), viz.overlay(p.image, p.labels, space))
+    if "panel" in files:
+        images.write_png(place("panel.png"), np.asarray(viz.panel(p)))
+    if "arrays" in files:
+        arrays: dict[str, Any] = {"labels": p.labels, "depth": p.depth, "confidence": p.confidence}
+        arrays |= {"intrinsics": p.camera.matrix if p.camera else None, "names": np.array(space.names)}
+        arrays |= {"camera_source": np.array(p.camera_source), "space": np.array(p.space)}
+        present = {k: v for k, v in arrays.items() if v is not None}
+        # Not compressed: zlib takes 20 times as long and saves a sixth of float noise.
+        images.write_atomic(place("npz"), lambda file: np.savez(file, **present))
+    if "points" in files and p.depth is not None and p.camera is not None:
+        stride = math.ceil(math.sqrt(p.depth.size / PLY_POINTS))
+        viz.write_ply(place("ply"), *viz.points(p, stride))
+    return written
+
+
+def describe(
+    prediction: Prediction, *, source: str | None = None, files: Sequence[str] = (), seconds: float | None = None
+) -> dict[str, Any]:
+    """What `--json` prints of one image: plain numbers and strings. Depths are metres, shares are of the labelled
+    pixels, largest first; a field that the prediction lacks is None."""
+    p = prediction
+    height, width = p.image.shape[:2]
+    space = labels.get(p.space)
+    summary: dict[str, Any] = {"source": source, "name": p.name, "width": width, "height": height, "space": p.space}
+    summary["classes"] = None if p.labels is None else {space.names[k]: s for k, s in viz.shares(p.labels, space)}
+    summary["confidence"] = None if p.confidence is None else float(p.confidence.mean())
+    summary["depth"] = None
+    if p.depth is not None and (known := p.depth[np.isfinite(p.depth) & (p.depth > 0)]).size:
+        summary["depth"] = {"min": float(known.min()), "median": float(np.median(known)), "max": float(known.max())}
+    summary["camera"] = None
+    if (c := p.camera) is not None:
+        summary["camera"] = {"fx": c.fx, "fy": c.fy, "cx": c.cx, "cy": c.cy, "fov": c.fov_degrees}
+        summary["camera"]["source"] = p.camera_source
+    return summary | {"files": list(files), "seconds": seconds}
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What `predict_many` did: `describe` of each image done, and each file that failed with the reason."""
+
+    done: list[dict[str, Any]]
+    failed: list[tuple[str, str]]
+
+
+def predict_many(
+    paths: str | Path | Sequence[str | Path],
+    out: str | Path,
+    predictor: Predictor,
+    *,
+    files: Sequence[str] = FILES,
+    camera: Camera | None = None,
+    fov: float | None = None,
+    every: int = 1,
+    quiet: bool = False,
+    on_result: Callable[[str, dict[str, Any] | UserError], object] | None = None,
+) -> Summary:
+    """Predict on files, folders, patterns and videos, and `save` to `out`. One bad file never stops the rest.
+
+    A folder's sub-folders are kept below `out`. Where two inputs would share a name (a.jpg and a.png), the later one
+    is called a-2. Of a video, every `every`-th frame goes to a folder of the video's name, as `<frame number>.*`,
+    six digits. What lies in `out` is never taken as input, so that a second run does not predict on the first one's
+    pictures. `on_result` is called after each with its path (a frame's is "clip.mp4#12") and its `describe` or its
+    error. A progress bar is drawn on a terminal's stderr unless `quiet`.
+
+    Raises UserError at once for a path that does not exist, an unwritable `out` or an unknown kind of file.
+    """
+    if unknown := [f for f in files if f not in FILES]:
+        raise UserError(f"no such output {', '.join(map(repr, unknown))}: choose among {', '.join(FILES)}")
+    out = images.make_folder(out)
+    inside = out.resolve()
+    found = [f for f in images.find_relative(paths) if inside not in f.path.resolve().parents or f.named]
+    done: list[dict[str, Any]] = []
+    failed: list[tuple[str, str]] = []
+
+    def report(path: str, result: dict[str, Any] | UserError) -> None:
+        if isinstance(result, UserError):
+            # The decoders' sentences begin with the path, which stands beside them here.
+            failed.append((path, str(result)))
+        else:
+            done.append(result)
+        if on_result is not None:
+            on_result(path, result)
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    silent = quiet or not sys.stderr.isatty()
+    with Progress(*columns, console=console, disable=silent, transient=True) as progress:
+        total = sum(_length(f.path, every) for f in found)
+        task = progress.add_task("predicting", total=total)
+        jobs: list[tuple[str, Path, str]] = []  # those handed to the stream and not yet answered
+        sources = _jobs(found, out, every, jobs, lambda path, error: report(path, error))
+        start = time.perf_counter()
+        for result in predictor.stream(sources, camera=camera, fov=fov):
+            label, folder, stem = jobs.pop(0)
+            progress.update(task, description=Path(label).name, advance=1)
+            if isinstance(result, Prediction):
+                try:
+                    written = save(result, folder, stem=stem, files=files)
+                    seconds = time.perf_counter() - start
+                    result = describe(result, source=label, files=written, seconds=seconds)
+                except UserError as error:
+                    result = error
+            report(label, result)
+            start = time.perf_counter()
+    return Summary(done, failed)
+
+
+def _length(path: Path, every: int) -> int:
+    return math.ceil(images.frame_count(path) / every) if images.is_video(path) else 1
+
+
+def _jobs(
+    found: Sequence[images.Found],
+    out: Path,
+    every: int,
+    jobs: list[tuple[str, Path, str]],
+    fail: Callable[[str, UserError], object],
+) -> Iterator[images.Source]:
+    """The sources to predict on. For each, (label, output folder, stem) is appended to `jobs` first."""
+    taken: set[str] = set()
+    for path, relative, _ in found:
+        place = relative.with_name(relative.stem)
+        number = 1
+        while str(place).lower() in taken:  # file systems may not tell A from a
+            number += 1
+            place = relative.with_name(f"{relative.stem}-{number}")
+        taken.add(str(place).lower())
+        if not images.is_video(path):
+            jobs.append((str(path), out / place.parent, place.name))
+            yield path
+            continue
+        try:
+            for index, rgb in images.frames(path, every):
+                jobs.append((f"{path}#{index}", out / place, f"{index:06d}"))
+                yield rgb
+        except UserError as error:
+            fail(str(path), error)
