@@ -1,5 +1,6 @@
 """Scores against scikit-learn, torchmetrics and the formulas; and that no split of the data changes them."""
 
+import json
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from sklearn.metrics import confusion_matrix, f1_score, jaccard_score, recall_score
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
@@ -21,6 +23,7 @@ from enfilade.metrics import (
     confusion_reference,
     crop,
 )
+from enfilade.report import confusion_picture, table, write_report
 
 NAMES = tuple("abcdefg")
 K = len(NAMES)
@@ -385,3 +388,61 @@ def test_misuse_of_depth_scores_is_told():
         DepthScore(cap=0.0)
     with pytest.raises(UserError, match="no crop is named"):
         DepthScore(crop="eigen")
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+def result():
+    pred, truth = labels(absent=(2,))
+    segmentation = scored(pred, truth, names=("floor", *NAMES[1:]), ignored=(6,)).compute()
+    return {"recipe": "gad [1]", "segmentation": segmentation, "depth": scored_depth(*depths()).compute()}
+
+
+def test_report_comes_back_as_it_was(tmp_path):
+    path = tmp_path / "new" / "report.json"
+    write_report(result(), path)
+    assert json.loads(path.read_text()) == result()
+    write_report({"a": np.float32(0.5), "b": float("nan"), "c": np.arange(3), "d": path}, path)
+    assert json.loads(path.read_text()) == {"a": 0.5, "b": None, "c": [0, 1, 2], "d": str(path)}
+    with pytest.raises(TypeError):
+        write_report({"a": object()}, path)
+    assert json.loads(path.read_text())["a"] == 0.5  # the old report is whole
+    assert [p.name for p in path.parent.iterdir()] == ["report.json"]
+
+
+def test_table_shows_scores_by_frequency():
+    r = result()
+    text = table(r)
+    assert "recipe: gad [1]" in text  # not taken for markup
+    lines = text.splitlines()
+    score = next(line for line in lines if "mean IoU" in line)
+    assert score.split()[-1] == f"{100 * r['segmentation']['miou']:.1f}"
+    assert next(line for line in lines if "RMSE, m" in line).split()[2] == f"{r['depth']['rmse']:.3f}"
+    start = next(i for i, line in enumerate(lines) if line.split()[:2] == ["class", "share"]) + 2
+    shares = [float(line.split()[1]) for line in lines[start : start + r["segmentation"]["classes_present"]]]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(100, abs=0.01 * len(shares))
+    assert "left out: c" in text
+    assert "ignored: g" in text
+    assert max(map(len, lines)) <= 100
+    assert "mean IoU" in table(r["segmentation"])
+    assert "mean IoU" not in table(r["depth"])
+    empty = table({"segmentation": SegmentationScore(NAMES).compute(), "depth": DepthScore().compute()})
+    assert "left out: a, b, c, d, e, f, g" in empty
+
+
+def test_picture_of_a_confusion_matrix(tmp_path):
+    path = tmp_path / "confusion.png"
+    matrix = np.array([[90, 10, 0], [50, 50, 0], [0, 0, 0]])
+    confusion_picture(matrix, ["floor", "wall", "sofa"], path)
+    image = np.asarray(Image.open(path).convert("L")).astype(int)
+    # Cells are 56 pixels here; find them by the grey row of the class that never occurs.
+    ys, xs = np.nonzero(np.all(np.asarray(Image.open(path)) == (226, 226, 230), axis=-1))
+    top, left = ys.min(), xs.min()
+    corner = [[image[top - 56 * (2 - i) + 3, left + 56 * j + 3] for j in range(3)] for i in range(2)]
+    assert corner[0][0] < corner[1][0] == corner[1][1] < corner[0][1] < corner[0][2] == corner[1][2] == 255
+    assert [p.name for p in tmp_path.iterdir()] == ["confusion.png"]
+    confusion_picture(np.zeros((0, 0), np.int64), [], path)
+    with pytest.raises(ValueError, match="needs 3 names, not 2"):
+        confusion_picture(matrix, ["a", "b"], path)

@@ -11,8 +11,9 @@ import scipy.io
 
 from enfilade.data import Reader, open_dataset
 from enfilade.data.nyuv2 import CAMERA, NYUv2, NYUv2Mat, read_mat, split_ids
-from enfilade.data.prepare import prepare_nyuv2
+from enfilade.data.prepare import prepare_hha, prepare_nyuv2
 from enfilade.errors import UserError
+from enfilade.ops.hha import hha
 
 IGNORE = 255
 
@@ -449,3 +450,12 @@ def test_real_sixteen_bit_depth_reads(shared_data, tmp_path):
     coarse, fine = NYUv2(root, "trainval")[0], NYUv2(tmp_path, "trainval")[0]
     assert np.abs(coarse.depth - fine.depth).max() < 0.5 / 25.5 + 0.0055
     assert (coarse.labels == fine.labels).all()
+
+
+def test_prepared_hha_is_read_and_not_made_twice(tmp_path):
+    make_folder(tmp_path, IDS[:2], size=(48, 64))
+    assert prepare_hha(tmp_path) == 2
+    sample = NYUv2(tmp_path, "trainval", hha=True)[0]
+    levels = np.rint(sample.hha * 255)  # png is lossless
+    np.testing.assert_array_equal(levels, hha(sample.depth, sample.camera))
+    assert prepare_hha(tmp_path) == 0

@@ -3,6 +3,7 @@
 This file is also the program that the subprocess tests start: `python test_train.py FOLDER OPTIONS...`.
 """
 
+import itertools
 import json
 import os
 import random
@@ -22,9 +23,10 @@ from torch import nn
 from enfilade import checkpoint
 from enfilade import train as training
 from enfilade.camera import Camera
+from enfilade.data.epochs import Augmented, Order, class_weights, supervised
 from enfilade.errors import UserError
 from enfilade.stages import Recipe, Stage
-from enfilade.types import IGNORE, Batch, Sample, collate
+from enfilade.types import IGNORE, Output, Sample, collate
 
 CLASSES = 5
 JOINT = {"cross_entropy": 1.0, "side_cross_entropy": 0.2, "depth_berhu": 0.5}
@@ -61,7 +63,7 @@ class Boards:
 def tiny(*stages: Stage, precision="no", **changes) -> Recipe:
     arguments = {"classes": CLASSES, "encoder": "test_efficientnet", "weights": None}
     arguments |= {"bottleneck": 8, "widths": (8, 8), "embedding": 8, "dropout": 0.2}
-    fixed = {"name": "tiny", "model": "gad", "scale": 1.0, "focal": None, "precision": precision}
+    fixed = {"name": changes.pop("name", "tiny"), "model": "gad", "scale": 1.0, "focal": None, "precision": precision}
     return Recipe(**fixed, arguments=arguments | changes.pop("arguments", {}), stages=stages, **changes)
 
 
@@ -87,7 +89,7 @@ def run(recipe, data, out, **options):
 # Killing and resuming
 
 
-def killed_recipe(world: int, save: str) -> Recipe:
+def killed_recipe(world: int) -> Recipe:
     """Two stages, EMA, accumulation, dropout, bf16, clipping, a frozen part in the second: all that has a state."""
     first = stage(
         epochs=4,
@@ -112,7 +114,7 @@ def program(folder: str, world: str, save: str, pause: str) -> None:
             return super().__getitem__(index)
 
     save_every = {"update": 1, "third": 3, "epoch": 0}[save]
-    recipe = killed_recipe(int(world), save)
+    recipe = killed_recipe(int(world))
     training.train(recipe, Slow(12), out=folder, save_every=save_every, workers=1, log_every=1, quiet=True)
 
 
@@ -155,39 +157,478 @@ def kill_after(process: subprocess.Popen, folder, count: int) -> None:
     process.wait()
 
 
-def kill_and_compare(tmp_path, world: int, save: str) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    # 12 samples in updates of 4: 3 updates an epoch, 12 in stage one, 9 in stage two
-    uninterrupted = start(whole, world, save, 0)
-    if world == 2:  # two processes at a time are enough for two cores
-        finish(uninterrupted, whole)
-    # 1/20 s a sample: several updates fit between two looks at the log, wherever the kill falls
+def kill_and_compare(whole, broken, world: int, save: str) -> None:
+    """`whole` is finished; the same training in `broken` is killed once in each stage, and must end with equal bits."""
     rng = random.Random(f"{world} {save}")
+    # 12 samples in updates of 4: 3 updates an epoch, 12 in stage one, 9 in stage two
     for stop in (rng.randint(4, 9), rng.randint(14, 18)):
+        # 1/20 s a sample: an update takes longer than a look at the log, so the kill falls near where it should
         process = start(broken, world, save, 0.05)
         kill_after(process, broken, stop)
         assert not (broken / "final.safetensors").exists()
         assert (broken / "last.safetensors").is_file()
     finish(start(broken, world, save, 0), broken)
-    if world == 1:
-        finish(uninterrupted, whole)
     assert updates(broken) == updates(whole) == 21
     assert_same(weights_of(whole), weights_of(broken))
     assert_same(weights_of(whole, "last"), weights_of(broken, "last"))
-    first = checkpoint.build("gad", killed_recipe(world, save).arguments)
-    final = weights_of(whole)
-    assert any(not torch.equal(v, final[k]) for k, v in first.state_dict().items()), "nothing was trained"
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    finish(start(folder, 1, "epoch", 0), folder)
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("save", ["update", "epoch"])
-def test_resume_after_kill_is_bit_exact(tmp_path, save):
-    kill_and_compare(tmp_path, 1, save)
+def test_resume_after_kill_is_bit_exact(tmp_path, one_process, save):
+    kill_and_compare(one_process, tmp_path / "broken", 1, save)
 
 
 @pytest.mark.slow
 def test_resume_after_kill_is_bit_exact_with_two_processes(tmp_path):
-    kill_and_compare(tmp_path, 2, "update")
+    finish(start(tmp_path / "whole", 2, "epoch", 0), tmp_path / "whole")
+    kill_and_compare(tmp_path / "whole", tmp_path / "broken", 2, "update")
+
+
+def test_resume_from_every_update_is_bit_exact(tmp_path):
+    recipe = killed_recipe(1)
+    recipe = recipe.replace(stages=tuple(replace(s, epochs=2) for s in recipe.stages))
+    data = Boards(8)  # 2 updates an epoch, 4 a stage
+    whole = run(recipe, data, tmp_path / "whole")
+    assert whole["complete"]
+    assert whole["updates"] == 8
+    for stop in range(1, 8):
+        out = tmp_path / str(stop)
+        part = run(recipe, data, out, stop_after=stop)
+        assert (part["complete"], part["updates"]) == (False, stop)
+        assert not (out / "final.safetensors").exists()
+        assert run(recipe, data, out)["updates"] == 8
+        assert_same(weights_of(tmp_path / "whole"), weights_of(out))
+        assert_same(weights_of(tmp_path / "whole", "last"), weights_of(out, "last"))
+
+
+def test_seed_matters_and_loader_processes_do_not(tmp_path):
+    recipe = tiny(stage(epochs=1))
+    run(recipe, Boards(4), tmp_path / "a")
+    training.train(recipe, Boards(4), out=tmp_path / "b", workers=2, quiet=True)
+    assert_same(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
+    run(recipe.replace(seed=1), Boards(4), tmp_path / "c")
+    a, c = weights_of(tmp_path / "a"), weights_of(tmp_path / "c")
+    assert not torch.equal(a["squeeze.0.weight"], c["squeeze.0.weight"])
+
+
+def test_a_finished_run_returns_at_once(tmp_path):
+    recipe = tiny(stage(epochs=1))
+    run(recipe, Boards(4), tmp_path)
+    before = {n: (tmp_path / f"{n}.safetensors").read_bytes() for n in ("last", "final", "best")}
+    assert before["best"] == before["final"]  # nothing was validated
+
+    class Untouchable(Boards):
+        def __getitem__(self, index):
+            raise AssertionError("a finished run needs no data")
+
+    result = run(recipe, Untouchable(4), tmp_path)
+    assert result["complete"]
+    assert result["updates"] == 2
+    assert {n: (tmp_path / f"{n}.safetensors").read_bytes() for n in before} == before
+    network = checkpoint.load(tmp_path / "final.safetensors").network
+    assert_same(dict(network.state_dict()), weights_of(tmp_path))
+
+
+def test_recipes_of_other_precision_can_follow_in_one_process(tmp_path):
+    """A table trains its rows one after the other; accelerate keeps its settings in a singleton."""
+    for precision in ("no", "bf16", "no"):
+        recipe = tiny(stage(epochs=1), precision=precision, name=f"tiny-{precision}")
+        out = tmp_path / f"{precision}{len(list(tmp_path.iterdir()))}"
+        assert run(recipe, Boards(2), out)["complete"]
+    assert_same(weights_of(tmp_path / "no0"), weights_of(tmp_path / "no2"))
+    fp32, bf16 = weights_of(tmp_path / "no0"), weights_of(tmp_path / "bf161")
+    assert any(not torch.equal(fp32[k], bf16[k]) for k in fp32)
+
+
+# The run folder
+
+
+def test_a_folder_of_another_recipe_is_refused(tmp_path):
+    run(tiny(stage(epochs=1)), Boards(2), tmp_path)
+    kept = (tmp_path / "last.safetensors").read_bytes()
+    other = tiny(stage(epochs=1, lr=1e-4))
+    with pytest.raises(UserError, match="another recipe"):
+        run(other, Boards(2), tmp_path)
+    assert (tmp_path / "last.safetensors").read_bytes() == kept
+    assert json.loads((tmp_path / "recipe.json").read_text())["stages"][0]["lr"] == 3e-3
+    assert run(other, Boards(2), tmp_path, resume=False)["complete"]
+    assert json.loads((tmp_path / "recipe.json").read_text())["stages"][0]["lr"] == 1e-4
+
+
+def test_a_fresh_start_that_breaks_leaves_no_state_of_the_old_recipe(tmp_path):
+    run(tiny(stage(epochs=1)), Boards(2), tmp_path)
+    other = tiny(stage(epochs=1, lr=1e-4))
+    with pytest.raises(UserError, match="diverged"):
+        run(other, Boards(2, spoil={0: "nan image", 1: "nan image"}), tmp_path, resume=False)
+    run(other, Boards(2), tmp_path)  # resumes nothing: same as in an empty folder
+    run(other, Boards(2), tmp_path / "fresh")
+    assert_same(weights_of(tmp_path), weights_of(tmp_path / "fresh"))
+
+
+def test_an_unwritable_folder_is_told(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match="cannot write to"):
+        run(tiny(stage(epochs=1)), Boards(2), tmp_path / "file" / "run")
+
+
+# What is not finite
+
+
+@pytest.mark.parametrize(("kind", "term"), [("nan image", "cross_entropy"), ("infinite depth", "depth_berhu")])
+def test_nonfinite_loss_stops_and_keeps_the_last_good_state(tmp_path, kind, term):
+    recipe = tiny(stage(epochs=4, batch=2, zoom=(1.0, 1.0), size=(48, 64)))
+    bad = Boards(8, spoil={3: kind})
+    good = run(recipe, Boards(8), tmp_path / "good", stop_after=4)  # the first epoch
+    assert good["updates"] == 4
+    run(recipe, Boards(8), tmp_path / "bad", stop_after=4)
+    kept = (tmp_path / "bad" / "last.safetensors").read_bytes()
+    with pytest.raises(UserError, match=term) as error:
+        run(recipe, bad, tmp_path / "bad")
+    assert "stage 'one'" in str(error.value)
+    assert str(tmp_path / "bad" / "last.safetensors") in str(error.value)
+    assert (tmp_path / "bad" / "last.safetensors").read_bytes() == kept
+    assert run(recipe, Boards(8), tmp_path / "bad")["complete"]  # and it can go on from there
+
+
+def test_nonfinite_updates_are_skipped_under_the_flag(tmp_path):
+    recipe = tiny(stage(epochs=3, batch=2, zoom=(1.0, 1.0), size=(48, 64), ema=0.9, accumulate=2))
+    result = run(recipe, Boards(8, spoil={3: "nan image"}), tmp_path, skip_nonfinite=True)
+    assert result["complete"]
+    assert result["updates"] == 6
+    for name in ("final", "last"):
+        assert all(v.isfinite().all() for v in weights_of(tmp_path, name).values())
+    fresh = checkpoint.build("gad", recipe.arguments).state_dict()
+    final = weights_of(tmp_path)
+    assert not torch.equal(final["trunk.net.bn1.running_mean"], fresh["trunk.net.bn1.running_mean"])
+
+
+def test_a_skipped_update_changes_nothing_but_the_counter(tmp_path):
+    recipe = tiny(stage(epochs=1, batch=2))
+    run(recipe, Boards(2, spoil={0: "nan image", 1: "nan image"}), tmp_path, skip_nonfinite=True)
+    torch.manual_seed(recipe.seed)
+    fresh = checkpoint.build("gad", recipe.arguments).state_dict()
+    assert_same(weights_of(tmp_path), dict(fresh))
+
+
+# Stages: parts, clipping, rates, averages
+
+
+def test_frozen_parts_keep_every_bit(tmp_path):
+    both = stage(epochs=1), stage("two", epochs=2, train=("semantic", "spf"), weight_decay=0.1)
+    run(tiny(both[0]), Boards(6), tmp_path / "first")
+    run(tiny(*both), Boards(6), tmp_path / "both")
+    before, after = weights_of(tmp_path / "first"), weights_of(tmp_path / "both")
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    frozen = {k for k in before if k.split(".")[0] in ("trunk", "depth", "depth_head", "fusion")}
+    assert any("running_mean" in k for k in frozen)
+    assert not moved & frozen
+    learned = {k for k in before if k.split(".")[0] in ("squeeze", "semantic", "classifier", "spf")}
+    assert learned | frozen == before.keys()
+    assert moved == learned  # their batch norms and counters move, too
+
+
+def test_freeze_unfreezes_again():
+    network = checkpoint.build("gad", tiny().arguments)
+    training.freeze(network, stage(train=("spf",)))
+    assert not any(p.requires_grad for p in network.trunk.parameters())
+    assert not any(m.training for m in network.trunk.modules())
+    assert all(m.training for m in network.spf.modules())
+    training.freeze(network, stage(train=("*",)))
+    assert all(p.requires_grad for p in network.parameters())
+    assert all(m.training for m in network.modules())
+
+
+def test_an_unknown_part_is_named():
+    network = checkpoint.build("gad", tiny().arguments)
+    with pytest.raises(UserError, match=r"'one'.*'decoder'"):
+        training.freeze(network, stage(train=("decoder",)))
+
+
+def test_every_parameter_has_one_part_and_the_right_rate():
+    network = checkpoint.build("gad", tiny().arguments)
+    owner = training.part_of(network)
+    assert owner.keys() == dict(network.named_parameters()).keys()
+    one = stage(lr=0.1, lr_parts={"trunk": 0.01}, weight_decay=0.5)
+    training.freeze(network, one)
+    optimiser = training.make_optimiser(network, one)
+    names = {id(p): n for n, p in network.named_parameters()}
+    seen = []
+    for group in optimiser.param_groups:
+        for p in group["params"]:
+            name = names[id(p)]
+            seen.append(name)
+            assert group["lr"] == pytest.approx(0.001 if owner[name] == "trunk" else 0.1)
+            assert group["weight_decay"] == (0.5 if p.ndim > 1 else 0.0)
+    assert sorted(seen) == sorted(owner)
+
+
+def test_clipping_bounds_the_named_parts_only():
+    network = checkpoint.build("gad", tiny().arguments)
+    owner = training.part_of(network)
+    generator = torch.Generator().manual_seed(3)
+    for p in network.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+    before = {n: p.grad.clone() for n, p in network.named_parameters()}
+
+    def norm(gradients, part):
+        return torch.cat([g.flatten() for n, g in gradients.items() if owner[n] == part]).double().norm().item()
+
+    small = norm(before, "fusion") * 2  # a limit that is not reached must change nothing
+    norms = training.clip(network, owner, {"semantic": 0.5, "spf": 1e-3, "fusion": small})
+    after = {n: p.grad for n, p in network.named_parameters()}
+    for part in ("trunk", "semantic", "depth", "fusion", "spf"):
+        assert norms[part] == pytest.approx(norm(before, part), rel=1e-5)  # fp32 sums of up to 1e5 squares
+    assert norm(after, "semantic") == pytest.approx(0.5, rel=1e-5)
+    assert norm(after, "spf") == pytest.approx(1e-3, rel=1e-5)
+    for name, part in owner.items():
+        if part in ("trunk", "depth", "fusion"):
+            assert torch.equal(after[name], before[name])
+        else:  # scaled, not bent
+            scale = {"semantic": 0.5, "spf": 1e-3}[part] / norms[part]
+            torch.testing.assert_close(after[name], before[name] * scale, rtol=1e-5, atol=0)
+
+
+def test_schedules():
+    total, per_epoch = 200, 10
+
+    def rates(**changes):
+        return [training.learning_rate(stage(**changes), k, total, per_epoch) for k in range(total)]
+
+    assert rates(schedule="constant") == [1.0] * total
+    cycle = rates(schedule="onecycle", warmup=0.1)
+    peak = int(np.argmax(cycle))
+    assert peak == 20
+    assert cycle[peak] == pytest.approx(1, abs=1e-3)
+    assert all(np.diff(cycle[1:21]) > 0)
+    assert all(np.diff(cycle[20:]) < 0)
+    assert cycle[110] == pytest.approx(0.5, abs=1e-3)  # half of the cosine
+    assert 0 < cycle[0] <= 0.05
+    assert 0 < cycle[-1] < 1e-3
+    assert rates(schedule="poly") == pytest.approx([(1 - k / total) ** 0.9 for k in range(total)])
+    step = rates(schedule="step", step_epochs=5)
+    assert step == pytest.approx([1.0] * 50 + [0.1] * 50 + [0.01] * 50 + [0.001] * 50)
+    assert min(rates(schedule="onecycle", warmup=0.0)) > 0
+
+
+def test_moving_average_by_hand():
+    network = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
+    with torch.no_grad():
+        network[0].weight.fill_(1.0)
+    average = training.MovingAverage(network, 0.5)
+    wanted, mean = 1.0, 0.0
+    for step, value in enumerate((3.0, -2.0, 8.0), start=100):  # late: the decay is 0.5 in full
+        with torch.no_grad():
+            network[0].weight.fill_(value)
+            network[1].running_mean.fill_(2 * value)
+            network[1].num_batches_tracked.fill_(step)
+        average.update(network, step)
+        wanted, mean = 0.5 * wanted + 0.5 * value, 0.5 * mean + value
+    assert average.state["0.weight"].item() == wanted
+    assert average.state["1.running_mean"].item() == mean
+    assert average.state["1.num_batches_tracked"].item() == 102
+    young = training.MovingAverage(network, 0.999)
+    with torch.no_grad():
+        network[0].weight.fill_(18.0)
+    young.update(network, 0)  # (1 + 0) / (10 + 0) of the start is kept
+    assert young.state["0.weight"].item() == pytest.approx(0.1 * 8 + 0.9 * 18, rel=1e-6)
+
+
+def test_swapped_gives_the_weights_back():
+    network = checkpoint.build("gad", tiny().arguments)
+    average = training.MovingAverage(network, 0.9)
+    kept = {k: v.clone() for k, v in network.state_dict().items()}
+    for v in average.state.values():
+        v.zero_()
+    with training.swapped(network, average) as inside:
+        assert not any(v.any() for v in inside.state_dict().values())
+    assert_same(dict(network.state_dict()), kept)
+
+
+class Plain(nn.Module):
+    """A network without batch norm, where a sum of gradients is the gradient of the sum."""
+
+    loaded = "nothing"
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, CLASSES, 3, padding=1)
+
+    @property
+    def parts(self):
+        return {"all": [self.conv]}
+
+    def forward(self, image):
+        return Output(logits=self.conv(image))
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path, monkeypatch):
+    monkeypatch.setitem(checkpoint.MODELS, "plain", f"{__name__}:Plain")
+    fixed = {"losses": {"cross_entropy": 1.0}, "size": (48, 64), "zoom": (1.0, 1.0), "optimiser": "sgd", "lr": 0.1}
+
+    def trained(folder, batch, accumulate):
+        one = stage(epochs=2, batch=batch, accumulate=accumulate, **fixed)
+        run(Recipe("plain", "plain", {}, (one,), scale=1.0, focal=None, precision="no"), Boards(8), tmp_path / folder)
+        return weights_of(tmp_path / folder)
+
+    large, small = trained("large", 4, 1), trained("small", 2, 2)
+    for k in large:  # fp32 sums in another order
+        torch.testing.assert_close(large[k], small[k], rtol=1e-4, atol=1e-6)
+
+
+# What a step sees
+
+
+def samples_of(recipe, count, start, rank, world):
+    return list(Order(count, recipe, 0, start, rank, world))
+
+
+@pytest.mark.parametrize(("count", "batch", "accumulate"), [(20, 2, 1), (23, 2, 3), (9, 4, 1), (3, 2, 2)])
+def test_two_processes_share_the_samples_of_one(count, batch, accumulate):
+    two = tiny(stage(batch=batch, accumulate=accumulate, epochs=3))
+    larger = tiny(stage(batch=2 * batch, accumulate=accumulate, epochs=3))
+    longer = tiny(stage(batch=batch, accumulate=2 * accumulate, epochs=3))
+    ranks = [samples_of(two, count, 0, r, 2) for r in (0, 1)]
+    assert len(ranks[0]) == len(ranks[1]) == len(Order(count, two, 0, 0, 0, 2))
+    together = [a + b for a, b in zip(*ranks)]
+    assert together == samples_of(larger, count, 0, 0, 1)
+    assert [b for pair in zip(*ranks) for b in pair] == samples_of(longer, count, 0, 0, 1)
+    for epoch in range(3):
+        seen = [i for b in together for e, i in b if e == epoch]
+        assert set(seen) <= set(range(count))
+        if len(seen) <= count:
+            assert len(set(seen)) == len(seen)  # no sample twice
+        else:
+            assert set(seen) == set(range(count))  # a small set is repeated, all of it
+    orders = [[i for b in together for e, i in b if e == epoch] for epoch in range(3)]
+    assert orders[0] != orders[1] or orders[1] != orders[2]  # few samples have few orders
+
+
+def test_a_late_start_continues_the_same_order():
+    recipe = tiny(stage(batch=2, accumulate=2, epochs=3))
+    whole = samples_of(recipe, 11, 0, 0, 1)
+    for start in range(len(whole) + 1):
+        assert samples_of(recipe, 11, start, 0, 1) == whole[start:]
+
+
+def test_augmentation_is_a_function_of_epoch_and_index():
+    recipe = tiny(stage())
+    data = Augmented(Boards(4), recipe, 0)
+    a, b = data[(1, 2)], data[(1, 2)]
+    np.testing.assert_array_equal(a.image, b.image)
+    np.testing.assert_array_equal(a.depth, b.depth)
+    assert not np.array_equal(a.image, data[(2, 2)].image)
+    assert not np.array_equal(a.image, Augmented(Boards(4), recipe.replace(seed=1), 0)[(1, 2)].image)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.2, 0.5, 1.0])
+def test_depth_fraction_is_a_fixed_subset(fraction):
+    chosen = supervised(50, fraction, seed=3)
+    assert chosen.sum() == round(50 * fraction)
+    np.testing.assert_array_equal(chosen, supervised(50, fraction, seed=3))
+    if 0 < fraction < 1:
+        assert (chosen != supervised(50, fraction, seed=4)).any()
+    data = Augmented(Boards(50), tiny(stage(), depth_fraction=fraction, seed=3), 0)
+    for epoch in (0, 1):
+        assert [data[(epoch, i)].depth is not None for i in range(10)] == list(chosen[:10])
+
+
+def test_larger_fractions_contain_smaller_ones():
+    """Table 5 compares fractions: what 20 % have, 40 % must have, too."""
+    subsets = [supervised(795, f, 0) for f in (0.2, 0.4, 0.6, 0.8)]
+    for small, large in itertools.pairwise(subsets):
+        assert (large | ~small).all()
+
+
+def test_class_weights_by_hand():
+    class Labels:
+        """Two images: class 0 fills 6 of 8 and 4 of 8 pixels, class 1 two of the first, class 2 four of the second."""
+
+        images = (
+            np.array([[0, 0, 0, 0], [0, 0, 1, 1], [255] * 4], np.uint8),
+            np.array([[0, 0, 0, 0], [2, 2, 2, 2], [255] * 4], np.uint8),
+        )
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
+            return Sample(image=np.zeros((3, 4, 3), np.float32), labels=self.images[i])
+
+    # frequencies 10/16, 2/8, 4/8; their median is 1/2; class 3 never occurs
+    wanted = torch.tensor([0.5 / 0.625, 2.0, 1.0, 0.0])
+    torch.testing.assert_close(class_weights(Labels(), 1.0, 4), wanted)
+    torch.testing.assert_close(class_weights(Labels(), 0.5, 4), wanted.sqrt())
+    assert class_weights(Labels(), 0.0, 4) is None
+
+    class Quick(Labels):
+        def labels(self, i):
+            return self.images[i]
+
+        def __getitem__(self, i):
+            raise AssertionError("labels() spares the decoding of images")
+
+    torch.testing.assert_close(class_weights(Quick(), 1.0, 4), wanted)
+
+
+# Semi-supervised depth
+
+
+def depth_gradients(spoil, **arguments):
+    network = checkpoint.build("gad", tiny(arguments={"dropout": 0.0, **arguments}).arguments)
+    training.freeze(network, stage())
+    data = Boards(2, spoil=spoil)
+    batch = collate([data[0], data[1]])
+    output = network(batch.image, **training.extra_inputs(network, batch))
+    loss, _ = training.objective(output, batch, {"cross_entropy": 1.0, "depth_berhu": 1.0})
+    loss.backward()
+    total = dict.fromkeys(network.parts, 0.0)
+    for name, part in training.part_of(network).items():
+        grad = network.get_parameter(name).grad
+        total[part] += 0 if grad is None else grad.abs().sum().item()
+    return total
+
+
+@pytest.mark.parametrize("fusion", ["gap", "vanilla", "none"])
+def test_a_batch_without_depth_does_not_train_the_depth_decoder(fusion):
+    without = depth_gradients({0: "no depth", 1: "no depth"}, fusion=fusion)
+    assert without["depth"] == 0
+    assert without["trunk"] > 0
+    assert without["semantic"] > 0
+    assert depth_gradients({0: "no depth"}, fusion=fusion)["depth"] > 0
+
+
+def test_semi_supervised_training_runs(tmp_path):
+    recipe = tiny(stage(epochs=3, batch=2), depth_fraction=0.25)
+    assert run(recipe, Boards(8), tmp_path)["complete"]
+    assert all(v.isfinite().all() for v in weights_of(tmp_path).values())
+    nothing = recipe.replace(depth_fraction=0.0)
+    assert run(nothing, Boards(8), tmp_path / "none")["complete"]
+
+
+def test_missing_inputs_are_named(tmp_path):
+    recipe = tiny(stage(epochs=1), arguments={"hha": True, "depth": False, "fusion": "none"})
+    recipe = recipe.with_stages(losses={"cross_entropy": 1.0})
+    with pytest.raises(UserError, match="hha"):
+        run(recipe, Boards(2), tmp_path)
+
+
+def test_training_learns(tmp_path):
+    """Colour blocks are easy: in a few epochs the loss must fall far below its start."""
+    recipe = tiny(stage(epochs=12, batch=4, lr=1e-2, colour=0.0, size=(48, 64), zoom=(1.0, 1.0)))
+    run(recipe, Boards(8), tmp_path, log_every=1)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for term in ("cross_entropy", "depth_berhu"):
+        assert np.mean([r[term] for r in records[-4:]]) < 0.6 * records[0][term]
+    assert 0 <= records[-1]["data_waiting"] <= 1
+    assert records[-1]["images_per_second"] > 0
 
 
 if __name__ == "__main__":

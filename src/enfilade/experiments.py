@@ -88,10 +88,9 @@ def reproduce(
         rows: recipe names or labels; all by default. A row whose input the data lacks is left out, and said so.
         limit: use only the first so many training samples (a smoke run; said in the table).
     """
-    from enfilade.checkpoint import load
     from enfilade.data import open_dataset
     from enfilade.evaluate import score
-    from enfilade.predict import Predictor
+    from enfilade.predict import load
     from enfilade.report import write_report
     from enfilade.train import train
 
@@ -122,7 +121,7 @@ def reproduce(
             print(f"\n{row.label} ({row.recipe})", flush=True)
         folder = out / row.recipe
         run = train(recipe, train_data, None, out=folder, workers=workers, quiet=quiet)
-        predictor = Predictor(load(folder / "final.safetensors"), flip=False)
+        predictor = load(folder / "final.safetensors", flip=False)
         report = score(predictor, val_data, quiet=quiet)
         report.pop("confusion", None)
         write_report(report, folder / "report.json")

@@ -265,6 +265,7 @@ def _rgb_from_array(array: np.ndarray) -> Float32[np.ndarray, "h w 3"]:
 class Found(NamedTuple):
     path: Path
     relative: Path  # below the folder that the user named; the file's name where a file was named
+    named: bool  # by itself, not found in a folder or by a pattern
 
 
 def is_video(path: str | os.PathLike) -> bool:
@@ -291,12 +292,12 @@ def find_relative(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> lis
         if here.is_dir():
             new = _walk(here)
         elif here.exists():  # before patterns: a file may be called "room [1].jpg"
-            new = [Found(here, Path(here.name))]
+            new = [Found(here, Path(here.name), True)]
         elif glob.has_magic(given):
             matches = sorted(Path(match) for match in glob.iglob(given, recursive=True))
             files = [m for m in matches if m.is_file() and _known(m)]
             root = Path(os.path.commonpath([m.parent for m in files])) if files else here
-            new = [Found(m, m.relative_to(root)) for m in files]
+            new = [Found(m, m.relative_to(root), False) for m in files]
         else:
             missing.append(given)
             continue
@@ -326,7 +327,7 @@ def _walk(root: Path) -> list[Found]:
         for file in sorted(files):
             path = Path(folder, file)
             if not file.startswith(".") and _known(path):
-                found.append(Found(path, path.relative_to(root)))
+                found.append(Found(path, path.relative_to(root), False))
     return found
 
 

@@ -73,7 +73,7 @@ def info(model: str | None = None) -> dict[str, Any]:
             "cores": cores(),
             "torch_threads": torch.get_num_threads(),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
-            "bf16": bool(getattr(torch.backends.cpu, "get_cpu_capability", str)() in ("AVX512", "AMX")),
+            "vectors": torch.backends.cpu.get_cpu_capability(),
             "gpus": devices,
         },
         "models": shipped,
@@ -108,7 +108,7 @@ def text(found: dict[str, Any]) -> str:
     threads = f"{machine['cores']} cores, {machine['torch_threads']} torch threads"
     if machine["OMP_NUM_THREADS"]:
         threads += f" (OMP_NUM_THREADS={machine['OMP_NUM_THREADS']})"
-    lines += ["", "machine", f"  {machine['system']}, {threads}"]
+    lines += ["", "machine", f"  {machine['system']} ({machine['vectors']}), {threads}"]
     lines += [f"  GPU {i}: {name}" for i, name in enumerate(machine["gpus"])] or ["  no GPU: runs on the processor"]
     lines += ["", "models (--model NAME, a file, or a run folder)"]
     for model in found["models"]:

@@ -60,7 +60,7 @@ def _set(holder: Any, keys: list[str], text: str, path: str) -> Any:
     elif key == "arguments":
         raise UserError(f"{path}: give one argument at a time, for example arguments.dropout=0.1")
     else:
-        new = convert(_parse(text), hints[key], path)
+        new = convert(parse(text), hints[key], path)
     if key in POSITIVE and new is not None:
         values = new if isinstance(new, tuple) else (new,)
         if not all(0 < value < math.inf for value in values):
@@ -90,7 +90,7 @@ def _stages(stages: tuple[Stage, ...], keys: list[str], text: str, path: str) ->
 def _entry(holder: Recipe | Stage, field: str, key: str, text: str, path: str) -> Any:
     """The value of one key of a dictionary: a number, or an argument of the model's constructor."""
     if not isinstance(holder, Recipe):
-        return convert(_parse(text), float, path)
+        return convert(parse(text), float, path)
     from enfilade.checkpoint import MODELS
 
     if holder.model not in MODELS:
@@ -100,7 +100,7 @@ def _entry(holder: Recipe | Stage, field: str, key: str, text: str, path: str) -
     known = [k for k in inspect.signature(constructor).parameters if k != "self"]
     if key not in known:
         raise unknown(f"argument of model {holder.model}", key, known)
-    return convert(_parse(text), typing.get_type_hints(constructor)[key], path)
+    return convert(parse(text), typing.get_type_hints(constructor)[key], path)
 
 
 def _known_losses(losses: dict[str, float]) -> None:
@@ -111,7 +111,7 @@ def _known_losses(losses: dict[str, float]) -> None:
             raise unknown("loss term", name, TERMS)
 
 
-def _parse(text: str) -> Any:
+def parse(text: str) -> Any:
     """JSON; else a list of such values, if there are commas; else the text itself."""
     spelled = {"True": True, "False": False, "None": None, "none": None}
     if text in spelled:
@@ -119,7 +119,7 @@ def _parse(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        return [_parse(part.strip()) for part in text.split(",")] if "," in text else text
+        return [parse(part.strip()) for part in text.split(",")] if "," in text else text
 
 
 def convert(value: Any, wanted: Any, path: str) -> Any:

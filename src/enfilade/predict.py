@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import cv2
+import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -36,9 +37,9 @@ DEFAULTS = {"space": "nyu40", "size": (240, 320)}
 NYU_FOCAL, NYU_WIDTH = 518.8579, 640
 
 FILES = ("labels", "depth", "overlay", "panel", "arrays", "points")
+PICTURES = (".labels.png", ".depth.png", ".overlay.png", ".panel.png")
 PLY_POINTS = 1_000_000  # `save` thins larger clouds by a stride
 MIN_SIDE = 32  # of the network's input, for images of extreme shape
-STRIP = 2**16  # pixels that are up-sampled at once, over all classes: stays in the cache
 
 
 class Predictor:
@@ -68,7 +69,7 @@ class Predictor:
         height, width = self.meta["size"]
         self.area = int(height * width)
         self.focal = float(self.meta.get("focal") or NYU_FOCAL * width / NYU_WIDTH)
-        self.network = network.eval().to(self.device, memory_format=torch.channels_last)
+        self.network = network.eval().to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore
 
     def __call__(self, source: images.Source, *, camera: Camera | None = None, fov: float | None = None) -> Prediction:
         return self.predict(source, camera=camera, fov=fov)
@@ -163,6 +164,9 @@ class Predictor:
             probabilities = probabilities.float().softmax(1)
         if depth is not None:
             depth = depth.float()
+        for answer in (probabilities, depth):
+            if answer is not None and not answer.isfinite().all():
+                raise UserError("the network answers NaN or infinity: its weights are broken, or try precision='fp32'")
         if self.flip:
             probabilities, depth = (x if x is None else _unflip(x) for x in (probabilities, depth))
         return Output(logits=probabilities, depth=depth)
@@ -171,7 +175,7 @@ class Predictor:
         height, width = image.rgb.shape[:2]
         chosen = confidence = depth = None
         if output.logits is not None:
-            chosen, confidence = (x.cpu().numpy() for x in decide(output.logits[index], height, width))
+            chosen, confidence = decide(output.logits[index].cpu().numpy(), height, width)
         if output.depth is not None:
             seen = camera.resized(*reversed(self.input_size(height, width)))
             zoom = math.sqrt(seen.fx * seen.fy) / self.focal
@@ -198,11 +202,13 @@ class Predictor:
                     f"{image.name} is {width} x {height} pixels and its camera {camera.width} x {camera.height}: "
                     f"give the intrinsics of this image, upright"
                 )
-            return (camera if (camera.width, camera.height) == (width, height) else camera.resized(width, height)), "given"
+            return (
+                camera if (camera.width, camera.height) == (width, height) else camera.resized(width, height)
+            ), "given"
         if fov is not None:
             if not 1 <= fov <= 170:
                 raise UserError(f"a horizontal field of view lies between 1 and 170 degrees, not {fov:g}")
-            return Camera.from_fov(width, height, fov), "given"
+            return Camera.from_fov(width, height, float(fov)), "given"
         if image.focal is not None:
             focal, source = image.focal, "exif"
         else:  # the canonical camera: f_input = focal, so that the network's depth is taken at its word
@@ -229,34 +235,53 @@ def _unflip(both: Float[Tensor, "b2 ..."]) -> Float[Tensor, "b ..."]:
 
 
 def decide(
-    probabilities: Float[Tensor, "k h2 w2"], height: int, width: int, strip: int = STRIP
-) -> tuple[UInt8[Tensor, "h w"], Float[Tensor, "h w"]]:
-    """The likeliest class and its probability at each pixel of a `height` x `width` image: bilinear up-sampling
-    (align_corners=False) of all classes and arg max, without ever holding all classes at full size: 12 megapixels
-    times 40 classes are 1.9 GB. Rows are made in strips of about `strip` pixels. Ties go to the lower class."""
-    # At every pixel the probabilities sum to 1, so the winner has at least 1/k, and a class that reaches 1/k at no
-    # node of the grid can win nowhere between them. Usually more than half of the classes go.
-    count, rows, _ = probabilities.shape
-    kept = (probabilities.amax((1, 2)) >= (1 - 1e-4) / count).nonzero()[:, 0]
-    wide = F.interpolate(probabilities[kept].float(), width, mode="linear")  # along the rows; [kept, h2, width]
+    probabilities: Float32[np.ndarray, "k h2 w2"], height: int, width: int
+) -> tuple[UInt8[np.ndarray, "h w"], Float32[np.ndarray, "h w"]]:
+    """The likeliest class and its probability at each pixel of a `height` x `width` image, by bilinear up-sampling
+    (align_corners=False) and arg max; ties go to the lower class.
 
-    position = ((torch.arange(height, device=wide.device) + 0.5) * (rows / height) - 0.5).clamp(0, rows - 1)
-    above = position.long().clamp(max=max(rows - 2, 0))
-    below = (above + 1).clamp(max=rows - 1)
-    weight = (position - above)[:, None]
-    classes = torch.empty(height, width, dtype=torch.uint8, device=wide.device)
-    best = torch.empty(height, width, device=wide.device)
-    step = max(1, strip // width)
-    for top in range(0, height, step):
-        span = slice(top, top + step)
-        a, b, w = above[span], below[span], weight[span]
-        winner = best[span].fill_(-1)
-        chosen = classes[span]
-        for k, plane in zip(kept.tolist(), wide):
-            value = torch.lerp(plane[a], plane[b], w)
-            chosen.masked_fill_(value > winner, k)
-            torch.maximum(winner, value, out=winner)
-    return classes, best.clamp_(max=1)
+    All classes at full size are never held (12 megapixels times 40 classes are 1.9 GB) and rarely computed: between
+    four nodes of the grid that agree on the likeliest class, no other can win, for it is lower at each of them.
+    """
+    last = np.ascontiguousarray(probabilities.transpose(1, 2, 0))
+    return _decide(last, last.argmax(2), *_nodes(height, last.shape[0]), *_nodes(width, last.shape[1]))
+
+
+def _nodes(size: int, nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each of `size` pixels the two nodes of the small grid it lies between, and the second one's weight."""
+    position = ((np.arange(size) + 0.5) * (nodes / size) - 0.5).clip(0, nodes - 1)
+    first = position.astype(np.int64)
+    return first, np.minimum(first + 1, nodes - 1), (position - first).astype(np.float32)
+
+
+@numba.njit(nogil=True, cache=True)
+def _decide(p, top, y0, y1, wy, x0, x1, wx):
+    classes = np.empty((len(y0), len(x0)), np.uint8)
+    best = np.empty((len(y0), len(x0)), np.float32)
+    one = np.float32(1)
+    for y in range(len(y0)):
+        i, j, w = y0[y], y1[y], wy[y]
+        for x in range(len(x0)):
+            l, r, v = x0[x], x1[x], wx[x]
+            a, b, c, d = (one - w) * (one - v), (one - w) * v, w * (one - v), w * v
+            k = top[i, l]
+            if k == top[i, r] and k == top[j, l] and k == top[j, r]:
+                value = a * p[i, l, k] + b * p[i, r, k] + c * p[j, l, k] + d * p[j, r, k]
+            else:
+                value = np.float32(-1)
+                for n in range(p.shape[2]):
+                    q = a * p[i, l, n] + b * p[i, r, n] + c * p[j, l, n] + d * p[j, r, n]
+                    if q > value:
+                        k, value = n, q
+            classes[y, x] = k
+            best[y, x] = min(value, one)
+    return classes, best
+
+
+def decide_reference(probabilities: Float[Tensor, "k h2 w2"], height: int, width: int) -> tuple[Tensor, Tensor]:
+    """`decide` in one line, holding everything at full size."""
+    full = F.interpolate(probabilities[None], (height, width), mode="bilinear")[0].max(0)
+    return full.indices.to(torch.uint8), full.values
 
 
 def load(
@@ -353,8 +378,8 @@ def describe(
         summary["depth"] = {"min": float(known.min()), "median": float(np.median(known)), "max": float(known.max())}
     summary["camera"] = None
     if (c := p.camera) is not None:
-        summary["camera"] = {"fx": c.fx, "fy": c.fy, "cx": c.cx, "cy": c.cy, "fov": c.fov_degrees}
-        summary["camera"]["source"] = p.camera_source
+        numbers = {"fx": c.fx, "fy": c.fy, "cx": c.cx, "cy": c.cy, "fov": c.fov_degrees}
+        summary["camera"] = {"source": p.camera_source, **numbers}
     return summary | {"files": list(files), "seconds": seconds}
 
 
@@ -382,9 +407,9 @@ def predict_many(
 
     A folder's sub-folders are kept below `out`. Where two inputs would share a name (a.jpg and a.png), the later one
     is called a-2. Of a video, every `every`-th frame goes to a folder of the video's name, as `<frame number>.*`,
-    six digits. What lies in `out` is never taken as input, so that a second run does not predict on the first one's
-    pictures. `on_result` is called after each with its path (a frame's is "clip.mp4#12") and its `describe` or its
-    error. A progress bar is drawn on a terminal's stderr unless `quiet`.
+    six digits. Pictures in `out` that an earlier run wrote are not taken as input unless named one by one. `on_result`
+    is called after each with its path (a frame's is "clip.mp4#12") and its `describe` or its error. A progress bar is
+    drawn on a terminal's stderr unless `quiet`.
 
     Raises UserError at once for a path that does not exist, an unwritable `out` or an unknown kind of file.
     """
@@ -392,13 +417,14 @@ def predict_many(
         raise UserError(f"no such output {', '.join(map(repr, unknown))}: choose among {', '.join(FILES)}")
     out = images.make_folder(out)
     inside = out.resolve()
-    found = [f for f in images.find_relative(paths) if inside not in f.path.resolve().parents or f.named]
+    found = [f for f in images.find_relative(paths) if f.named or not _is_output(f.path, inside)]
+    if not found:
+        raise UserError(f"there are only pictures of earlier predictions in {out}: give other images")
     done: list[dict[str, Any]] = []
     failed: list[tuple[str, str]] = []
 
     def report(path: str, result: dict[str, Any] | UserError) -> None:
         if isinstance(result, UserError):
-            # The decoders' sentences begin with the path, which stands beside them here.
             failed.append((path, str(result)))
         else:
             done.append(result)
@@ -415,7 +441,7 @@ def predict_many(
         total = sum(_length(f.path, every) for f in found)
         task = progress.add_task("predicting", total=total)
         jobs: list[tuple[str, Path, str]] = []  # those handed to the stream and not yet answered
-        sources = _jobs(found, out, every, jobs, lambda path, error: report(path, error))
+        sources = _jobs(found, out, every, jobs, report)
         start = time.perf_counter()
         for result in predictor.stream(sources, camera=camera, fov=fov):
             label, folder, stem = jobs.pop(0)
@@ -430,6 +456,10 @@ def predict_many(
             report(label, result)
             start = time.perf_counter()
     return Summary(done, failed)
+
+
+def _is_output(path: Path, out: Path) -> bool:
+    return path.name.endswith(PICTURES) and out in path.resolve().parents
 
 
 def _length(path: Path, every: int) -> int:

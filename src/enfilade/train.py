@@ -196,7 +196,10 @@ class Run:
 
     def __init__(self, recipe: Recipe, train_data, val_data, out: Path, resume: bool, quiet: bool):
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
 
+        # A table trains its rows in one process, but accelerate would keep the first one's precision and process group
+        AcceleratorState._reset_state(reset_partial_state=True)
         self.recipe, self.train_data, self.val_data, self.out, self.quiet = recipe, train_data, val_data, out, quiet
         self.accelerator = Accelerator(
             mixed_precision=recipe.precision,
@@ -440,7 +443,7 @@ def validate(network: nn.Module, recipe: Recipe, reader, ignored: tuple[int, ...
 
     meta = model_meta(recipe, ignored, {})
     precision = "bf16" if recipe.precision == "bf16" else "fp32"
-    predictor = Predictor(checkpoint.Loaded(network.eval(), meta), flip=False, precision=precision, device=device)
+    predictor = Predictor(network, meta, flip=False, precision=precision, device=device)
     result = score(predictor, reader, quiet=True)
     keep = ("miou", "pixel_accuracy", "mean_accuracy", "rmse", "abs_rel", "delta1")
     return {k: v for part in result.values() if isinstance(part, dict) for k, v in part.items() if k in keep}

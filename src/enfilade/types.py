@@ -103,10 +103,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a network returns. Logits and depth may be smaller than the image; side outputs each have their own size."""
+    """What a network returns. Each map may be smaller than the image, and has its own size."""
 
     logits: Float[Tensor, "b k h w"] | None = None
-    depth: Float[Tensor, "b h w"] | None = None  # metres
+    depth: Float[Tensor, "b _ _"] | None = None  # metres
     side_logits: tuple[Float[Tensor, "b k _ _"], ...] = ()
 
 

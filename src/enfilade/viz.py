@@ -35,7 +35,7 @@ def _text_width(text: str, size: int) -> int:
     return math.ceil(_font(size).getlength(text))
 
 
-def _fitted(text: str, size: int, width: float) -> str:
+def _fitted(text: str, size: int, width: int) -> str:
     """`text`, shortened with an ellipsis until it fits `width` pixels."""
     if _text_width(text, size) <= width:
         return text
@@ -249,7 +249,8 @@ def _depth_footer(prediction: Prediction, near: float, far: float, width: int, s
     bar = depth_bar(near, far, width, size)
     camera, lines = prediction.camera, []
     if camera is not None:
-        note = f"camera {prediction.camera_source}: {camera.fov_degrees:.0f}° across, f\u00a0=\u00a0{camera.fx:.0f}\u00a0px"
+        focal = f"f\u00a0=\u00a0{camera.fx:.0f}\u00a0px"
+        note = f"camera {prediction.camera_source}: {camera.fov_degrees:.0f}° across, {focal}"
         lines = _wrapped(note, size - 2, width)
     picture = Image.new("RGB", (width, bar.height + size // 2 + len(lines) * (size + 3)), PAPER)
     picture.paste(bar, (0, 0))

@@ -98,3 +98,28 @@ def _write(frame: MatFrame, paths: tuple[Path, Path, Path], to40: np.ndarray):
     write_png(depth, np.clip(np.rint(metres * 1000), 0, 65535).astype(np.uint16))
     labels = to40[frame.labels]
     write_png(label, np.where(labels == IGNORE, 0, labels + 1).astype(np.uint8))
+
+
+def prepare_hha(root: str | os.PathLike) -> int:
+    """Fill `root`/hha with the HHA image of every listed frame that has none, from its depth; returns how many were
+    written. `NYUv2(root, hha=True)` then reads them. About 0.2 s a frame; run again after an interruption.
+
+    Raises FileNotFoundError or `UserError` for a folder that `NYUv2` cannot read.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    from enfilade.data.nyuv2 import NYUv2
+    from enfilade.ops.hha import hha
+
+    root = Path(root)
+    splits = [s for s in ("trainval", "test") if s != "test" or (root / "test.txt").is_file()]
+    todo = [(r, i) for r in (NYUv2(root, s) for s in splits) for i in range(len(r))]
+    todo = [(r, i) for r, i in todo if not (root / "hha" / f"{r.names[i]}.png").is_file()]
+    make_folder(root / "hha")
+    for reader, i in track(todo, f"hha -> {root / 'hha'}", console=Console(stderr=True), disable=not todo):
+        sample = reader[i]
+        assert sample.depth is not None
+        assert sample.camera is not None
+        write_png(root / "hha" / f"{sample.name}.png", hha(sample.depth, sample.camera))
+    return len(todo)

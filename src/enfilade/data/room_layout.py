@@ -72,6 +72,8 @@ ON_TOPS: dict[str, tuple[list[Maker], int]] = {
     "any": ([small.book_pile], 1),
 }  # fmt: skip
 
+ONCE = {small.lamp_table, small.lamp_desk, small.laptop, small.monitor, small.clothes}  # at most one on a top
+
 ON_FLOOR: dict[str, list[Maker]] = {
     "bedroom": [small.box_carton, small.bag, small.clothes, small.toy, small.book_pile, small.bin_],
     "living room": [small.box_carton, small.bag, small.toy, small.book_pile, small.plant],
@@ -163,8 +165,12 @@ def crowd(m: Materials, thing: Thing, density: float) -> Thing:
     for top in thing.tops:
         makers, most = ON_TOPS[top.use]
         taken: list[tuple[float, float, float, float]] = []
+        used: set[Maker] = set()
         for _ in range(rng.binomial(most, density)):
-            item = makers[rng.integers(len(makers))](m)
+            maker = makers[rng.integers(len(makers))]
+            if maker in used and maker in ONCE:
+                continue
+            item = maker(m)
             low, high = item.bounds
             turn = rng.uniform(-0.25, 0.25) if top.use != "rim" else 0.0
             if high[2] - low[2] > top.height or low[2] < -0.02:
@@ -181,7 +187,17 @@ def crowd(m: Materials, thing: Thing, density: float) -> Thing:
             )
             if fits and not any(spot[0] < b and spot[1] > a and spot[2] < d and spot[3] > c for a, b, c, d in taken):
                 taken.append(spot)
+                used.add(maker)
                 thing.include(item, x, y, top.z, turn)
+    return thing
+
+
+def alike(rng: np.random.Generator, style: dict, make: Callable[[], Thing]) -> Thing:
+    """A thing of a set: made from the same draws as every other made with `style`, a state of the generator."""
+    now = rng.bit_generator.state
+    rng.bit_generator.state = style
+    thing = make()
+    rng.bit_generator.state = now
     return thing
 
 
@@ -200,7 +216,7 @@ def arrange(rng: np.random.Generator, kind: str | None = None) -> Plan:
     elif kind == "classroom":
         points = points / points.max(0) * [m.uniform(5.2, 6.5), m.uniform(4.8, 6.5)]
     plan = Plan(kind, m, points, height, shell.walls_of(points))
-    density = m.uniform(0.25, 0.8)
+    density = m.uniform(0.35, 0.9)
     openings(plan)
     furnish(plan, density)
     middle(plan, density)
@@ -419,21 +435,20 @@ def middle(plan: Plan, density: float):
     elif kind == "classroom":
         turn = rng.integers(4) * np.pi / 2
         wide, deep, wood, cloth = m.uniform(0.7, 1.4), m.uniform(0.5, 0.6), m.wood(1), m.fabric(plain=1.0)
+        style = rng.bit_generator.state
         step = np.array([wide + m.uniform(0.2, 0.6), deep + m.uniform(0.65, 0.8)])
         for i in np.arange(-2, 3):
             for j in np.arange(-2, 3):
                 at = size / 2 + rotation(z=turn)[:2, :2] @ (np.array([i, j]) * step)
-                state = rng.bit_generator.state
-                thing = big.table(m, wide, deep, 0.73, label="desk" if rng.random() < 0.0 else "table")
+                thing = alike(rng, style, lambda: big.table(m, wide, deep, 0.73))
                 number = plan.put(crowd(m, thing, 0.25 * density), *at, 0, turn)
                 if number is not None:
-                    seat = big.chair(m, wood, cloth)
+                    seat = alike(rng, style, lambda: big.chair(m, wood, cloth))
                     c, v = np.cos(turn), np.sin(turn)
                     out = deep + m.uniform(0.25, 0.4)
                     plan.put(
                         seat, at[0] - v * out, at[1] + c * out, 0, turn + np.pi + rng.uniform(-0.2, 0.2), ignore=number
                     )
-                del state
     elif kind == "bedroom" and rng.random() < 0.6:
         plan_rug(plan, m.uniform(1.0, 2.0), m.uniform(0.8, 1.5))
     if kind == "bathroom":
@@ -467,7 +482,7 @@ def table_with_chairs(plan: Plan, thing: Thing, x, y, turn) -> bool:
     number = plan.put(thing, x, y, 0.013, turn)
     if number is None:
         return False
-    wood, cloth = m.wood(rng.integers(3)), m.fabric()
+    wood, cloth, style = m.wood(rng.integers(3)), m.fabric(), rng.bit_generator.state
     width, depth = high[0] - low[0], high[1] - low[1]
     per_side = 2 if width > 1.25 else 1
     places = [(sx, depth / 2 + depth / 2, np.pi) for sx in np.linspace(-width / 2, width / 2, per_side + 2)[1:-1]]
@@ -477,12 +492,12 @@ def table_with_chairs(plan: Plan, thing: Thing, x, y, turn) -> bool:
     for px, py, facing in places:
         if rng.random() < 0.15:
             continue
-        seat, away = big.chair(m, wood, cloth), m.uniform(0.28, 0.5)
+        seat, away = alike(rng, style, lambda: big.chair(m, wood, cloth)), m.uniform(0.28, 0.5)
         away = m.uniform(0.5, 0.75) if rng.random() < 0.15 else away
         # Step back against the chair's own +y so that the seat's front reaches under the table.
         lx, ly = px - away * -np.sin(facing), py - away * np.cos(facing)
         wx, wy = x + c * lx - v * ly, y + v * lx + c * ly
-        plan.put(seat, wx, wy, 0.013 if rng.random() < 0.0 else 0.0, turn + facing + rng.normal(0, 0.08), ignore=number)
+        plan.put(seat, wx, wy, 0.0, turn + facing + rng.normal(0, 0.08), ignore=number)
     return True
 
 
@@ -504,7 +519,7 @@ def hang(plan: Plan):
         wanted += [(shell.mirror, 0.3, 1.0, 1.3), (big.wall_shelf, 0.35, 1.3, 1.6), (small.garment, 0.25, 0.8, 1.0)]
     if kind == "kitchen":
         wanted += [(small.towel, 0.5, 0.8, 1.0), (small.clock, 0.5, 1.8, 2.0)]
-    wanted += [(shell.picture, 0.75, 1.15, 1.5)] * int(rng.integers(1, 6))
+    wanted += [(shell.picture, 0.8, 1.15, 1.5)] * int(rng.integers(2, 8))
     for maker, chance, low, high in wanted:
         if rng.random() < chance:
             plan.on_wall(maker(m), "wall", z=m.uniform(low, high), tries=10)
@@ -520,7 +535,7 @@ def clutter(plan: Plan, density: float):
     """Things left on the floor, near the walls or about."""
     m, rng = plan.materials, plan.materials.rng
     makers, size = ON_FLOOR[plan.kind], plan.points.max(0)
-    for _ in range(rng.binomial(9, 0.3 + 0.6 * density)):
+    for _ in range(rng.binomial(10, 0.3 + 0.6 * density)):
         thing = makers[rng.integers(len(makers))](m)
         crowd(m, thing, 0.4)
         if rng.random() < 0.7:

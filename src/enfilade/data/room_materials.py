@@ -95,7 +95,7 @@ class Materials:
         a, b = self.woods[which] if which is not None else self._wood_colours()
         lacquer = self.uniform(0, 1)
         return self.add(
-            WOOD, a, b, scale=self.uniform(0.7, 1.6), specular=0.25 * lacquer, shine=30, reflect=0.03 * lacquer
+            WOOD, a, b, scale=self.uniform(0.7, 1.6), specular=0.14 * lacquer, shine=30, reflect=0.02 * lacquer
         )
 
     def paint(self, value=(0.2, 0.9), gloss=0.2) -> int:
@@ -209,10 +209,12 @@ def shade(row, p, n, footprint, d, out):
     if kind == PLAIN:
         gain = 0.96 + 0.08 * fbm(x, y, z, 6.0, seed, footprint)
     elif kind == WOOD:
-        warp = fbm(x * 0.35, y, z, 3.0 * scale, seed, footprint)
-        ring = math.sin(2 * math.pi * (warp * 5.0 + (y + z) * 9.0 * scale)) * _fade(14 * scale, footprint)
-        fibre = (noise(x * 9, y * 320, z * 320, seed + 3) - 0.5) * _fade(320.0, footprint)
-        wb = min(max(0.42 + 0.3 * ring + 0.6 * fibre + 1.1 * (warp - 0.5), 0.0), 1.0)
+        # Long streaks along x; their lines bend slowly and stand closer than the part is wide.
+        warp = fbm(x * 0.12, y, z, 5.0 * scale, seed, footprint)
+        ring = math.sin(2 * math.pi * (warp * 3.0 + (y + z) * 28.0 * scale)) * _fade(32 * scale, footprint)
+        fibre = (noise(x * 6, y * 240, z * 240, seed + 3) - 0.5) * _fade(240.0, footprint)
+        broad = noise(x * 1.5, y * 14, z * 14, seed + 6) - 0.5
+        wb = min(max(0.4 + 0.13 * ring + 0.45 * fibre + 0.9 * (warp - 0.5) + 0.35 * broad, 0.0), 1.0)
         wa = 1 - wb
     elif kind == PLANKS:
         width, length = row[P0], row[P1]
@@ -222,8 +224,8 @@ def shade(row, p, n, footprint, d, out):
         tone = _hash(int(lane), int(cell), 1, seed)
         fx, fy = (s + shift) / length - cell, t / width - lane
         warp = fbm(s * 0.25, t + 7 * tone, tone * 9, 9.0, seed, footprint)
-        ring = math.sin(2 * math.pi * (warp * 6 + t * 14)) * _fade(25.0, footprint)
-        wb = min(max(0.15 + 0.5 * tone + 0.15 * ring + 0.9 * (warp - 0.5), 0.0), 1.0)
+        fibre = (noise(s * 5 + 31 * tone, t * 160, 0.0, seed + 3) - 0.5) * _fade(160.0, footprint)
+        wb = min(max(0.2 + 0.5 * tone + 0.35 * fibre + 0.9 * (warp - 0.5), 0.0), 1.0)
         wa = 1 - wb
         gap = min(min(fx, 1 - fx) * length, min(fy, 1 - fy) * width)
         gain = 1 - 0.6 * _line(gap, 0.0012, footprint)

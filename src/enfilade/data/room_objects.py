@@ -228,6 +228,9 @@ def garment(m):
     vertices = np.stack([half * np.cos(u), 0.085 + deep * np.sin(u), np.broadcast_to((z * h)[:, None], (9, 20))], -1)
     solid = lathe([(1, k) for k in range(9)], n=20)
     thing.add(cloth, solid._replace(vertices=vertices.reshape(-1, 3)))
+    for side in (-1, 1):  # sleeves
+        arm = [(0.17 * side, 0.085, h * 0.93), (0.26 * side, 0.09, h * 0.62), (0.27 * side, 0.1, h * 0.28)]
+        thing.add(cloth, tube(arm, [0.05, 0.055, 0.045], 10))
     return thing.add(m.metal, tube([(0, 0.0, h + 0.02), (0, 0.06, h + 0.02), (0, 0.085, h + 0.05)], 0.008, 6))
 
 

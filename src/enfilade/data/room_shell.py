@@ -101,6 +101,7 @@ def wall_thing(wall: Wall, height: float, material: int, reveal: int) -> Thing:
             if z1 - z0 > 1e-6:
                 thing.add(material, _quad((x1, 0, z0), (x0, 0, z0), (x0, 0, z1), (x1, 0, z1)), closed=False)
     for o in wall.openings:
+        thing.item(o.kind)  # annotators take the reveal for a part of the window or door
         y, x0, x1, z0, z1 = -o.deep, o.x0, o.x1, o.z0, o.z1
         thing.add(
             reveal,

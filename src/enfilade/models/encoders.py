@@ -7,7 +7,7 @@ inputs that are not divisible by its stride, and always says which weights it ho
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,15 +79,12 @@ class Encoder(nn.Module):
         for module in self.net.modules():
             if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1 and module.stride[0] > 1:
                 module.__dict__["forward"] = partial(in_fp32, module)  # a partial, not a closure: it survives deepcopy
-        info: Any = self.net.feature_info
-        self.channels: list[int] = info.channels()
-        self.strides: list[int] = info.reduction()
+        net: Any = self.net  # timm's networks have attributes that nn.Module does not declare
+        self.channels: list[int] = net.feature_info.channels()
+        self.strides: list[int] = net.feature_info.reduction()
         # Colours as the weights want them: a local MobileNetV2 file follows TensorFlow, [-1, 1]. Kept in checkpoints.
-        config: dict[str, Any] = (
-            {}
-            if name.startswith("mobilenetv2") and weights != "timm"
-            else dict(cast(Any, self.net).pretrained_cfg or {})
-        )
+        tensorflow = name.startswith("mobilenetv2") and weights != "timm"
+        config = {} if tensorflow else net.pretrained_cfg or {}
         more = (0.5,) * (in_channels - 3)
         self.mean: Tensor
         self.std: Tensor

@@ -7,6 +7,7 @@ and the result meets the encoder's features again, deep to shallow (SPF). At tes
 The blocks come first, in the order in which data meets them; the model is at the end.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -233,7 +234,7 @@ class GAD(nn.Module):
         encoder: str = "resnet50",
         weights: str | None = None,
         bottleneck: int = 1024,
-        widths: tuple[int, ...] = (512, 256, 128, 64),
+        widths: Sequence[int] = (512, 256, 128, 64),
         embedding: int = 64,
         depth: bool = True,
         propagate: bool = True,

@@ -1,0 +1,544 @@
+"""The verbs of the command line: one dataclass each, whose fields are its options and which calls one public function.
+
+Nothing heavy is imported before a verb runs, so that help is instant.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+import enfilade
+from enfilade.errors import UserError, unknown
+
+File = Literal["labels", "depth", "overlay", "panel", "arrays", "points"]
+Precision = Literal["auto", "fp32", "bf16"]
+Name = Annotated[str, arg(metavar="NAME")]
+Folder = Annotated[str, arg(metavar="DIR")]
+Model = Annotated[str, arg(metavar="NAME|FILE|RUN")]
+Count = Annotated[int, arg(metavar="N")]
+Options = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="KEY=VALUE")]
+# Those that may be left out; their help says what happens then
+Flag = Annotated[bool, arg(help_behavior_hint="")]
+MaybeFolder = Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")]
+MaybeFile = Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")]
+MaybeNumber = Annotated[float | None, arg(metavar="X", help_behavior_hint="")]
+MaybeCount = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
+Weights = Annotated[str | None, arg(metavar="FILE|timm", help_behavior_hint="")]
+Device = Annotated[str | None, arg(metavar="DEVICE", help_behavior_hint="")]
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Label and measure images, folders, patterns and videos.
+
+    Each image gets labels, metric depth, pictures, arrays and a coloured point cloud. Metres need a camera: give it,
+    or the focal length in the photo's EXIF is taken, or one is assumed (and said so).
+    """
+
+    paths: Annotated[Positional[tuple[str, ...]], arg(metavar="PATH [PATH ...]", help_behavior_hint="")]
+    """Images, folders, quoted patterns such as 'shots/**/*.jpg', or videos."""
+    out: Folder = "out"
+    """Folder for the results."""
+    model: Model = "gad-nyuv2"
+    """A shipped model, a model file, or the folder of a training run."""
+    files: tuple[File, ...] = get_args(File)
+    """What to write: labels (PNG), depth (16-bit PNG, mm), overlay and panel (pictures), arrays (NPZ), points (PLY)."""
+    fx: MaybeNumber = None
+    """Focal length in pixels of the images, which all are of one camera."""
+    fy: MaybeNumber = None
+    """The vertical one; default: fx."""
+    cx: MaybeNumber = None
+    """Principal point; default: the centre."""
+    cy: MaybeNumber = None
+    """Principal point; default: the centre."""
+    fov: Annotated[float | None, arg(metavar="DEGREES", help_behavior_hint="")] = None
+    """Horizontal field of view instead."""
+    camera: MaybeFile = None
+    """JSON file instead: {"fx", "fy", "cx", "cy"} and optionally "width", "height" of the image they belong to."""
+    flip: Flag = True
+    """Without it the answers for the image and its mirror image are averaged: better, at twice the time."""
+    every: Count = 1
+    """Of a video, take each N-th frame."""
+    device: Device = None
+    """cpu, cuda, cuda:1 ...; default: a GPU where there is one."""
+    precision: Precision = "auto"
+    """Of the network's arithmetic; auto is bf16 on a GPU."""
+    json: Flag = False
+    """Print the results as JSON, and nothing else, on stdout."""
+
+    def run(self) -> int:
+        if not self.paths:
+            raise UserError("predict needs at least one PATH: an image, a folder, a pattern or a video")
+        if self.every < 1:
+            raise UserError(f"--every must be at least 1, not {self.every}")
+        from enfilade.predict import load, predict_many
+
+        camera = self._camera()
+        use_threads()
+        predictor = load(self.model, self.device, flip=self.flip, precision=self.precision)
+
+        def tell(path: str, result: dict[str, Any] | UserError) -> None:
+            if isinstance(result, UserError):
+                complain(str(result) if path in str(result) else f"{path}: {result}")
+            elif not self.json:
+                print(describe_line(path, result), flush=True)
+
+        summary = predict_many(
+            self.paths,
+            self.out,
+            predictor,
+            files=self.files,
+            camera=camera,
+            fov=self.fov,
+            every=self.every,
+            # On a terminal the bar keeps clear of the lines; where stdout goes elsewhere it would swallow them
+            quiet=self.json or not sys.stdout.isatty(),
+            on_result=tell,
+        )
+        if self.json:
+            failed = [{"source": path, "error": error} for path, error in summary.failed]
+            print(json.dumps({"out": self.out, "done": summary.done, "failed": failed}, indent=1))
+        elif summary.done:
+            print(f"{len(summary.done)} done, in {self.out}")
+        return 0 if not summary.failed else 1 if summary.done else 2
+
+    def _camera(self):
+        """The camera that the options tell of, or None."""
+        from enfilade.camera import Camera
+
+        numbers = {"fx": self.fx, "fy": self.fy, "cx": self.cx, "cy": self.cy}
+        given = {k: v for k, v in numbers.items() if v is not None}
+        if sum(map(bool, (given, self.camera is not None, self.fov is not None))) > 1:
+            raise UserError("give the camera once: by --fx --fy --cx --cy, by --fov, or by --camera")
+        if self.camera is not None:
+            given = read_camera(Path(self.camera))
+        elif not given:
+            return None
+        if "fx" not in given:
+            raise UserError("a camera needs --fx, its focal length in pixels")
+        if "width" not in given or "height" not in given:
+            given["width"], given["height"] = image_size(self.paths)
+        width, height = int(given["width"]), int(given["height"])
+        centre = {"cx": (width - 1) / 2, "cy": (height - 1) / 2}
+        fx, fy, cx, cy = (float(({"fy": given["fx"]} | centre | given)[k]) for k in ("fx", "fy", "cx", "cy"))
+        return Camera(fx, fy, cx, cy, width, height)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a recipe; run again, it goes on where it stopped.
+
+    On many processes: torchrun --nproc-per-node 2 -m enfilade train ... One process uses all cores (--threads or
+    OMP_NUM_THREADS for fewer) for the network, and --workers more to load the data.
+    """
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE", help_behavior_hint="")]
+    """What to train; `enfilade info` lists the recipes."""
+    data: Name
+    """The data set: nyuv2, frames or rooms."""
+    out: Folder
+    """Run folder: its state, models, logs and TensorBoard events."""
+    root: MaybeFolder = None
+    """Folder of the data (rooms are rendered and need none)."""
+    encoder_weights: Weights = None
+    """Pretrained weights of the encoder: a safetensors file, or timm to fetch them by name."""
+    set: Options = ()
+    """Change the recipe: --set seed=1 --set stages.0.epochs=3 --set stages.*.batch=4 --set arguments.dropout=0.2."""
+    split: Name = "train"
+    """Split to train on."""
+    val_split: Name = "val"
+    """Split to validate on; none for no validation."""
+    option: Options = ()
+    """Option of the data set's reader, e.g. --option length=200 for rooms."""
+    resume: Flag = True
+    """Start anew; without it a run in DIR is continued."""
+    skip_nonfinite: Flag = False
+    """Drop an update whose gradient is NaN or infinite, instead of stopping."""
+    save_every: Count = 0
+    """Updates between saves of the state; 0 is each epoch."""
+    workers: Count = 1
+    """Processes that load data; 0 loads in the training process."""
+    threads: MaybeCount = None
+    """Threads of the network; default: OMP_NUM_THREADS, or all cores."""
+    quiet: Flag = False
+    """Print only the result."""
+
+    def run(self) -> int:
+        from enfilade import recipes
+        from enfilade.overrides import override
+
+        recipe = override(recipes.get(self.recipe, self.encoder_weights), self.set)
+        options = parse_options(self.option)
+        if recipe.arguments.get("hha"):
+            options.setdefault("hha", True)
+        train_data = open_reader(self.data, self.root, self.split, options)
+        val_data = None
+        if self.val_split != "none":
+            val_data = open_reader(self.data, self.root, self.val_split, options)
+        use_threads(self.threads)
+        result = enfilade.train(
+            recipe,
+            train_data,
+            val_data,
+            out=self.out,
+            resume=self.resume,
+            skip_nonfinite=self.skip_nonfinite,
+            save_every=self.save_every,
+            workers=self.workers,
+            quiet=self.quiet,
+        )
+        told = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in result.items()}
+        print(f"in {self.out}  " + "  ".join(f"{k} {v}" for k, v in told.items()))
+        return 0
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score a model on a data set, at the truth's own size; prints a table and writes a report."""
+
+    data: Name
+    """The data set: nyuv2, frames or rooms."""
+    model: Model = "gad-nyuv2"
+    """A shipped model, a model file, or the folder of a training run."""
+    root: MaybeFolder = None
+    """Folder of the data (rooms are rendered and need none)."""
+    split: Name = "val"
+    """Split to score."""
+    out: MaybeFolder = None
+    """Folder for report.json, report.txt and confusion.png."""
+    option: Options = ()
+    """Option of the data set's reader, e.g. --option length=20 for rooms."""
+    crop: Name = "auto"
+    """Part of the image that counts: auto (what is usual for the data), nyu (rows 45:471, columns 41:601), or none."""
+    depth_average: Literal["image", "pixel"] = "image"
+    """Average depth errors per image first, or over all pixels."""
+    depth_cap: Annotated[float, arg(metavar="METRES")] = 10.0
+    """Truth beyond this does not count."""
+    flip: Flag = True
+    """Without it the answers for the image and its mirror image are averaged: better, at twice the time."""
+    limit: MaybeCount = None
+    """Score only the first N samples."""
+    device: Device = None
+    """cpu, cuda, cuda:1 ...; default: a GPU where there is one."""
+    precision: Precision = "auto"
+    """Of the network's arithmetic; auto is bf16 on a GPU."""
+    json: Flag = False
+    """Print the report as JSON, and nothing else, on stdout."""
+
+    def run(self) -> int:
+        reader = open_reader(self.data, self.root, self.split, parse_options(self.option))
+        positive("--limit", self.limit)
+        from enfilade import report
+        from enfilade.images import make_folder, write_atomic
+
+        if self.out is not None:
+            make_folder(self.out)  # rather now than after an hour of scoring
+        use_threads()
+        predictor = enfilade.load(self.model, self.device, flip=self.flip, precision=self.precision)
+        result = enfilade.evaluate(
+            predictor,
+            reader,
+            crop=self.crop,
+            depth_average=self.depth_average,
+            depth_cap=self.depth_cap,
+            limit=self.limit,
+        )
+        confusion = result.pop("confusion", None)
+        result["protocol"]["model"] = self.model
+        table = report.table(result["protocol"] | {k: result[k] for k in ("segmentation", "depth") if k in result})
+        print(json.dumps(result, indent=1) if self.json else table)
+        if self.out is not None:
+            report.write_report(result | {"confusion": confusion}, Path(self.out, "report.json"))
+            write_atomic(Path(self.out, "report.txt"), table.encode())
+            if confusion is not None:
+                report.confusion_picture(confusion, result["names"], Path(self.out, "confusion.png"))
+        return 0
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Train and score the rows of a paper's table, the paper's numbers beside ours; goes on where it stopped."""
+
+    table: Annotated[Positional[str], arg(metavar="TABLE", help_behavior_hint="")]
+    """gad-table4 or gad-table5."""
+    data: Name
+    """The data set: nyuv2, frames or rooms."""
+    out: Folder
+    """Folder for the runs and the table."""
+    root: MaybeFolder = None
+    """Folder of the data (rooms are rendered and need none)."""
+    encoder_weights: Weights = None
+    """Pretrained weights of the encoder: a safetensors file, or timm to fetch them by name."""
+    epochs: MaybeCount = None
+    """Passes over the data in each stage, instead of the recipe's."""
+    rows: Annotated[tuple[str, ...], arg(metavar="ROW [ROW ...]", help_behavior_hint="")] = ()
+    """Only these rows, by recipe or label; default: all."""
+    limit: MaybeCount = None
+    """Only the first N samples: a smoke run."""
+    seed: Count = 0
+    """Of everything random."""
+    workers: Count = 1
+    """Processes that load data."""
+    threads: MaybeCount = None
+    """Threads of the network; default: OMP_NUM_THREADS, or all cores."""
+
+    def run(self) -> int:
+        from enfilade import experiments
+
+        experiments.get(self.table)
+        positive("--epochs", self.epochs)
+        positive("--limit", self.limit)
+        use_threads(self.threads)
+        text = experiments.reproduce(
+            self.table,
+            data=self.data,
+            root=self.root,
+            out=self.out,
+            encoder_weights=self.encoder_weights,
+            epochs=self.epochs,
+            rows=self.rows,
+            limit=self.limit,
+            seed=self.seed,
+            workers=self.workers,
+        )
+        print(text)
+        return 0
+
+
+@dataclass(frozen=True)
+class DataPrepare:
+    """Turn a data set as it is distributed into the folder that its reader wants."""
+
+    name: Annotated[Positional[str], arg(metavar="NAME", help_behavior_hint="")]
+    """The data set: nyuv2."""
+    mat: Annotated[str, arg(metavar="FILE")]
+    """The official nyu_depth_v2_labeled.mat."""
+    out: Folder
+    """The folder to fill."""
+    splits: MaybeFile = None
+    """The official splits.mat; default: beside the first file."""
+    mapping: MaybeFile = None
+    """The official classMapping40.mat; default: beside the first file."""
+    raw_depth: Flag = False
+    """The sensor's depth with its holes, instead of the in-painted one."""
+    image: Literal["jpg", "png"] = "jpg"
+    """Format of the colour images; png is lossless and five times as large."""
+
+    def run(self) -> int:
+        if self.name != "nyuv2":
+            raise unknown("data set that needs preparing", self.name, ["nyuv2"])
+        from enfilade.data.prepare import prepare_nyuv2
+
+        folder = prepare_nyuv2(
+            self.mat,
+            self.out,
+            splits=self.splits,
+            mapping=self.mapping,
+            raw_depth=self.raw_depth,
+            image=self.image,
+        )
+        print(f"prepared {folder}")
+        return 0
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """Read every sample of a data set once; say what is in it and name what is broken."""
+
+    name: Annotated[Positional[str], arg(metavar="NAME", help_behavior_hint="")]
+    """The data set: nyuv2, frames or rooms."""
+    root: MaybeFolder = None
+    """Folder of the data (rooms are rendered and need none)."""
+    split: Name = "train"
+    """Split to read."""
+    option: Options = ()
+    """Option of the data set's reader, e.g. --option length=20 for rooms."""
+    json: Flag = False
+    """Print the findings as JSON, and nothing else, on stdout."""
+
+    def run(self) -> int:
+        from enfilade.data.inspect import check
+
+        found = check(open_reader(self.name, self.root, self.split, parse_options(self.option)), quiet=False)
+        print(found.json() if self.json else found.text())
+        return 1 if found.broken else 0
+
+
+@dataclass(frozen=True)
+class DataShow:
+    """Draw some samples of a data set on one sheet: RGB, labels, depth."""
+
+    name: Annotated[Positional[str], arg(metavar="NAME", help_behavior_hint="")]
+    """The data set: nyuv2, frames or rooms."""
+    root: MaybeFolder = None
+    """Folder of the data (rooms are rendered and need none)."""
+    split: Name = "train"
+    """Split to draw from."""
+    out: Annotated[str, arg(metavar="FILE")] = "sheet.png"
+    """PNG file to write."""
+    count: Count = 12
+    """Samples on the sheet."""
+    seed: Count = 0
+    """Other samples for another seed."""
+    option: Options = ()
+    """Option of the data set's reader, e.g. --option length=20 for rooms."""
+
+    def run(self) -> int:
+        from enfilade.data.inspect import show
+
+        show(
+            open_reader(self.name, self.root, self.split, parse_options(self.option)),
+            self.out,
+            count=self.count,
+            seed=self.seed,
+        )
+        print(self.out)
+        return 0
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Render a room, predict on it (and on your image), and write the pictures beside the truth."""
+
+    image: Annotated[Positional[str | None], arg(metavar="[IMAGE]", help_behavior_hint="")] = None
+    """A photo of a room."""
+    out: Folder = "demo"
+    """Folder for the results."""
+    seed: Count = 0
+    """Another room for another seed."""
+    model: Model = "gad-nyuv2"
+    """A shipped model, a model file, or the folder of a training run."""
+
+    def run(self) -> int:
+        from enfilade.demo import demo
+
+        use_threads()
+        demo(self.image, out=self.out, seed=self.seed, model=self.model)
+        return 0
+
+
+@dataclass(frozen=True)
+class Info:
+    """Say what is installed and on which machine; list models, recipes, tables and data sets."""
+
+    model: Annotated[str | None, arg(metavar="NAME|FILE|RUN", help_behavior_hint="")] = None
+    """Tell of this model only: how it was built and trained, and its scores."""
+    json: Flag = False
+    """Print JSON."""
+
+    def run(self) -> int:
+        from enfilade.info import info, text
+
+        if self.model is None:
+            use_threads()
+        found = info(self.model)
+        print(json.dumps(found, indent=1) if self.json else text(found))
+        return 0
+
+
+Verb = Predict | Train | Evaluate | Reproduce | DataPrepare | DataCheck | DataShow | Demo | Info
+
+VERBS: dict[str, type[Verb]] = {
+    "predict": Predict,
+    "train": Train,
+    "evaluate": Evaluate,
+    "reproduce": Reproduce,
+    "data prepare": DataPrepare,
+    "data check": DataCheck,
+    "data show": DataShow,
+    "demo": Demo,
+    "info": Info,
+}
+
+
+# --- what several verbs need ------------------------------------------------------------------------------------------
+
+
+def use_threads(threads: int | None = None) -> None:
+    """All cores that this process may use, unless the user or OMP_NUM_THREADS says otherwise."""
+    positive("--threads", threads)
+    import torch
+
+    if threads is None and "OMP_NUM_THREADS" in os.environ:
+        return
+    from enfilade.info import cores
+
+    torch.set_num_threads(threads or cores())
+
+
+def positive(option: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise UserError(f"{option} must be at least 1, not {value}")
+
+
+def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` pairs with JSON or bare text as values."""
+    from enfilade.overrides import parse
+
+    options = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not (key and equals):
+            raise UserError(f"{assignment!r} is no option: write KEY=VALUE, for example length=20")
+        options[key] = parse(value)
+    return options
+
+
+def open_reader(name: str, root: str | None, split: str, options: dict[str, Any]):
+    try:
+        return enfilade.open_dataset(name, root, split, **options)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        wrong = str(error).rpartition("argument ")[2].strip("'")
+        raise UserError(f"data set {name} takes no option {wrong!r}") from error
+
+
+def read_camera(path: Path) -> dict[str, float]:
+    """Intrinsics of a JSON file: fx, and as far as it has them fy, cx, cy, width, height."""
+    if not path.is_file():
+        raise UserError(f"no camera file at {path}")
+    try:
+        content = json.loads(path.read_text())
+        found = {k: float(content[k]) for k in ("fx", "fy", "cx", "cy", "width", "height") if k in content}
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"{path}: expected JSON with numbers fx, fy, cx and cy ({error})") from error
+    if "fx" not in found:
+        raise UserError(f"{path}: expected JSON with numbers fx, fy, cx and cy; fx is missing")
+    return found
+
+
+def image_size(paths: Sequence[str]) -> tuple[int, int]:
+    """Width and height of the first image among `paths` that can be read."""
+    from enfilade import images
+
+    for path in images.find(paths):
+        with contextlib.suppress(UserError):
+            rgb = next(images.frames(path))[1] if images.is_video(path) else images.read(path).rgb
+            return rgb.shape[1], rgb.shape[0]
+    raise UserError("none of the images can be read")
+
+
+def describe_line(path: str, result: dict[str, Any]) -> str:
+    """What is in an image and how far, in a line."""
+    parts = [f"{result['width']}x{result['height']}"]
+    if result["classes"] is not None:
+        parts.append(", ".join(f"{name} {share:.0%}" for name, share in list(result["classes"].items())[:4]))
+    if result["depth"] is not None:
+        parts.append(f"{result['depth']['min']:.1f} to {result['depth']['max']:.1f} m")
+    if result["camera"] is not None:
+        parts.append(f"camera {result['camera']['source']}, {result['camera']['fov']:.0f} degrees across")
+    return f"{path}: {'; '.join(parts)}"
+
+
+def complain(message: str) -> None:
+    """One line on stderr. Of many processes on one machine, the first speaks for all."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("enfilade: " + " ".join(message.split()), file=sys.stderr, flush=True)
