@@ -23,7 +23,7 @@ from enfilade.metrics import (
     confusion_reference,
     crop,
 )
-from enfilade.report import confusion_picture, table, write_report
+from enfilade.report import confusion_picture, progress, table, write_report
 
 NAMES = tuple("abcdefg")
 K = len(NAMES)
@@ -446,3 +446,10 @@ def test_picture_of_a_confusion_matrix(tmp_path):
     confusion_picture(np.zeros((0, 0), np.int64), [], path)
     with pytest.raises(ValueError, match="needs 3 names, not 2"):
         confusion_picture(matrix, ["a", "b"], path)
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_progress_passes_items_on_and_keeps_the_output_clean(capsys, quiet):
+    assert list(progress(range(5), "scoring", quiet)) == list(range(5))
+    assert list(progress(iter("ab"), "scoring", quiet)) == ["a", "b"]
+    assert capsys.readouterr().out == ""

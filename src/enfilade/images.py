@@ -338,6 +338,7 @@ def frames(path: str | os.PathLike, every: int = 1) -> Iterator[tuple[int, UInt8
         raise ValueError(f"every must be at least 1, not {every}")
     if not Path(path).is_file():
         raise UserError(f"{path} is {'a folder, not a video' if Path(path).is_dir() else 'no file: check the path'}")
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: our one sentence says it
     capture = cv2.VideoCapture(os.fspath(path))
     ok, first = capture.read() if capture.isOpened() else (False, None)
     if not ok or first is None:
@@ -361,6 +362,7 @@ def frames(path: str | os.PathLike, every: int = 1) -> Iterator[tuple[int, UInt8
 
 def frame_count(path: str | os.PathLike) -> int:
     """Number of frames that the video's header states, 0 where it does not say; for progress bars."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     capture = cv2.VideoCapture(os.fspath(path))
     count = capture.get(cv2.CAP_PROP_FRAME_COUNT)
     capture.release()

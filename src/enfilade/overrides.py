@@ -5,6 +5,7 @@ them by `*`. Every value is checked against the type of its field, and a name th
 do, before anything is built.
 """
 
+import collections.abc
 import dataclasses
 import importlib
 import inspect
@@ -15,6 +16,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
+from enfilade import labels
 from enfilade.errors import UserError, unknown
 from enfilade.stages import Recipe, Stage
 
@@ -65,9 +67,13 @@ def _set(holder: Any, keys: list[str], text: str, path: str) -> Any:
         values = new if isinstance(new, tuple) else (new,)
         if not all(0 < value < math.inf for value in values):
             raise UserError(f"{path} must be larger than 0, not {text}")
-    changed = dataclasses.replace(holder, **{key: new})
+    changed: Any = dataclasses.replace(holder, **{key: new})
     if key == "losses":
         _known_losses(changed.losses)
+    if key == "model":
+        _constructor(changed.model)
+    if key == "space":
+        labels.get(changed.space)
     return changed
 
 
@@ -91,16 +97,20 @@ def _entry(holder: Recipe | Stage, field: str, key: str, text: str, path: str) -
     """The value of one key of a dictionary: a number, or an argument of the model's constructor."""
     if not isinstance(holder, Recipe):
         return convert(parse(text), float, path)
-    from enfilade.checkpoint import MODELS
-
-    if holder.model not in MODELS:
-        raise unknown("model", holder.model, MODELS)
-    module, name = MODELS[holder.model].split(":")
-    constructor = getattr(importlib.import_module(module), name).__init__
+    constructor = _constructor(holder.model)
     known = [k for k in inspect.signature(constructor).parameters if k != "self"]
     if key not in known:
         raise unknown(f"argument of model {holder.model}", key, known)
     return convert(parse(text), typing.get_type_hints(constructor)[key], path)
+
+
+def _constructor(model: str) -> Any:
+    from enfilade.checkpoint import MODELS
+
+    if model not in MODELS:
+        raise unknown("model", model, MODELS)
+    module, name = MODELS[model].split(":")
+    return getattr(importlib.import_module(module), name).__init__
 
 
 def _known_losses(losses: dict[str, float]) -> None:
@@ -137,9 +147,10 @@ def convert(value: Any, wanted: Any, path: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         return convert(value, next(a for a in arguments if a is not type(None)), path)
-    if origin is tuple:
+    if origin in (tuple, list, collections.abc.Sequence):
         values = value if isinstance(value, list) else [value]
-        kinds = [arguments[0]] * len(values) if arguments[-1] is ... else list(arguments)
+        fixed = origin is tuple and arguments[-1] is not ...
+        kinds = list(arguments) if fixed else [arguments[0]] * len(values)
         if len(values) != len(kinds):
             raise UserError(f"{path} takes {len(kinds)} values, not {len(values)}: {value!r}")
         return tuple(convert(v, kind, path) for v, kind in zip(values, kinds))

@@ -1,4 +1,4 @@
-"""Scores on paper: a JSON file, a text table, a picture of the confusion matrix.
+"""Scores on paper: a JSON file, a text table, a picture of the confusion matrix; and a bar while they are made.
 
 A result is a dict of the scores' `compute()` under "segmentation" and "depth", either of which may be missing, and
 of anything else that names the run (recipe, data, frames, ...); a bare `compute()` dict will do for `table`.
@@ -8,8 +8,9 @@ import io
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float, Integer
@@ -34,6 +35,19 @@ DEPTH_ROWS = {  # key: title, whether a percentage
     "log_si": ("log scale-invariant, squared", False),
     "log10": ("log10", False),
 }
+
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], title: str, quiet: bool = False) -> Iterable[T]:
+    """`items`, with a bar on the error stream unless `quiet` or nobody watches; the output stream stays clean."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    total = len(items) if isinstance(items, Sized) else None
+    return track(items, title, total, console=console, transient=True, disable=quiet or not console.is_terminal)
 
 
 def _temporary(path: Path) -> Path:

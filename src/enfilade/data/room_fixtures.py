@@ -3,7 +3,8 @@
 import numpy as np
 
 from enfilade.data import room_objects as small
-from enfilade.data.room_furniture import case, front
+from enfilade.data import room_wares as wares
+from enfilade.data.room_furniture import case, front, shelves, wall_shelf
 from enfilade.data.room_materials import DOTS, FLORAL, GRANITE, PLAIN, STRIPES
 from enfilade.data.room_mesh import Thing, Top, box, cylinder, hexa, lathe, tube
 
@@ -113,7 +114,7 @@ def counter(m, width=None):
         cylinder(sink_x, 0.09, height, height + 0.04, 0.025),
     )
     if hob:
-        thing.include(small.stove(m, height), x=hob_x)
+        thing.include(wares.stove(m, height), x=hob_x)
     free = [(-width / 2 + 0.05, hole[0] - 0.06), (hole[1] + 0.06, end - 0.04)]
     thing.tops += [Top(x0, x1, 0.05, depth - 0.08, height, 0.42, "kitchen") for x0, x1 in free if x1 - x0 > 0.15]
     if rng.random() < 0.8:
@@ -267,3 +268,15 @@ def bathtub(m):
             cloth, small.folds(m, part, 1.66, 0.035, int(part * 9)).moved(centre, y + 0.01, 0.3)
         )
     return thing
+
+
+def towel_rack(m):
+    return shelves(m, "bath")
+
+
+def towel_board(m):
+    return wall_shelf(m, "bath")
+
+
+def larder(m):
+    return shelves(m, "kitchen")

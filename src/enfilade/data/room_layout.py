@@ -10,79 +10,12 @@ from enfilade.data import room_fixtures as fix
 from enfilade.data import room_furniture as big
 from enfilade.data import room_materials as kinds
 from enfilade.data import room_objects as small
+from enfilade.data import room_seats as seats
 from enfilade.data import room_shell as shell
+from enfilade.data import room_wares as wares
+from enfilade.data.room_contents import ALONG_WALLS, ON_FLOOR, ON_TOPS, ONCE, ROOMS, Maker
 from enfilade.data.room_materials import Materials
 from enfilade.data.room_mesh import Light, Thing, Top, rotation
-
-Maker = Callable[[Materials], Thing]
-
-ROOMS = ("bedroom", "living room", "kitchen", "bathroom", "office", "dining room", "classroom")
-
-# What stands along the walls, largest first: maker, chance of each copy, where ("wall", "middle" of a wall, "corner").
-ALONG_WALLS: dict[str, list[tuple[Maker, tuple[float, ...], str]]] = {
-    "bedroom": [
-        (big.bed, (1.0, 0.12), "middle"), (big.cabinet, (0.6,), "corner"), (big.dresser, (0.75, 0.2), "wall"),
-        (big.desk, (0.45,), "wall"), (big.bookshelf, (0.45,), "corner"), (big.television, (0.35,), "middle"),
-        (big.armchair, (0.3,), "corner"), (small.lamp_floor, (0.3,), "corner"), (big.bench, (0.25,), "wall"),
-        (big.chair, (0.35,), "wall"), (big.shelves, (0.2,), "wall"), (small.plant, (0.3,), "corner"),
-    ],
-    "living room": [
-        (big.sofa, (1.0, 0.45), "middle"), (big.television, (0.75,), "middle"), (shell.fireplace, (0.25,), "middle"),
-        (big.piano, (0.15,), "wall"), (big.bookshelf, (0.65, 0.3), "wall"), (big.cabinet, (0.4,), "wall"),
-        (big.armchair, (0.6, 0.3), "corner"), (big.side_table, (0.5,), "corner"), (small.lamp_floor, (0.6, 0.15), "corner"),
-        (small.plant, (0.6, 0.3), "corner"), (big.desk, (0.2,), "wall"), (big.shelves, (0.25,), "wall"), (big.bench, (0.3,), "wall"),
-    ],
-    "kitchen": [
-        (fix.counter, (1.0, 0.5), "wall"), (fix.refrigerator, (0.95,), "corner"), (big.cabinet, (0.35,), "wall"),
-        (big.shelves, (0.4,), "wall"), (big.chair, (0.2,), "wall"), (big.bench, (0.3,), "wall"), (small.plant, (0.2,), "corner"),
-    ],
-    "bathroom": [
-        (fix.bathtub, (0.9,), "corner"), (fix.washbasin, (1.0, 0.15), "wall"), (fix.toilet, (0.95,), "wall"),
-        (big.cabinet, (0.2,), "corner"), (big.shelves, (0.35,), "wall"), (big.bench, (0.2,), "wall"),
-    ],
-    "office": [
-        (big.desk, (1.0, 0.8, 0.5, 0.3), "wall"), (big.bookshelf, (0.8, 0.5, 0.2), "wall"), (big.file_cabinet, (0.8, 0.5, 0.3), "corner"),
-        (big.shelves, (0.45,), "wall"), (big.sofa, (0.2,), "middle"), (big.cabinet, (0.35,), "wall"),
-        (small.plant, (0.4,), "corner"), (big.chair, (0.4, 0.2), "wall"), (small.lamp_floor, (0.15,), "corner"),
-    ],
-    "dining room": [
-        (big.cabinet, (0.9, 0.4), "middle"), (shell.fireplace, (0.15,), "middle"), (big.dresser, (0.35,), "middle"),
-        (big.bookshelf, (0.3,), "wall"), (small.lamp_floor, (0.35,), "corner"), (small.plant, (0.6, 0.3), "corner"),
-        (big.chair, (0.4, 0.3), "wall"), (big.piano, (0.12,), "wall"), (big.armchair, (0.25,), "corner"),
-    ],
-    "classroom": [
-        (big.podium, (0.5,), "middle"), (big.bookshelf, (0.5, 0.3), "wall"), (big.cabinet, (0.4,), "wall"), (big.television, (0.3,), "middle"),
-        (big.file_cabinet, (0.4,), "corner"), (big.shelves, (0.35,), "wall"), (big.chair, (0.4, 0.3), "wall"), (small.plant, (0.2,), "corner"),
-    ],
-}  # fmt: skip
-
-# What stands on a top of each use, and how many things at most.
-ON_TOPS: dict[str, tuple[list[Maker], int]] = {
-    "night": ([small.lamp_table, small.lamp_table, small.book_pile, small.cup, small.vase, small.paper], 2),
-    "case": ([small.vase, small.lamp_table, small.book_pile, small.box_carton, small.bowl, small.vase, small.toy, small.plant, small.bottle], 5),
-    "table": ([small.plate, small.cup, small.bowl, small.vase, small.paper, small.book_pile, small.bottle, small.laptop, small.plate], 7),
-    "coffee": ([small.bowl, small.book_pile, small.cup, small.vase, small.paper, small.plate], 4),
-    "desk": ([small.monitor, small.laptop, small.lamp_desk, small.book_pile, small.paper, small.cup, small.paper, small.vase, small.box_carton], 6),
-    "kitchen": ([small.appliance, small.bottle, small.bowl, small.cup, small.bottle, small.plate, small.appliance, small.vase], 6),
-    "bath": ([small.bottle, small.cup, small.bottle, small.towel_pile], 4),
-    "rim": ([small.bottle], 3),
-    "bed": ([small.book_pile, small.clothes, small.bag, small.laptop, small.toy, small.towel_pile, small.paper], 2),
-    "seat": ([small.bag, small.book_pile, small.clothes, small.toy], 1),
-    "box": ([small.book_pile, small.toy, small.bottle], 1),
-    "any": ([small.book_pile], 1),
-}  # fmt: skip
-
-ONCE = {small.lamp_table, small.lamp_desk, small.laptop, small.monitor, small.clothes}  # at most one on a top
-
-ON_FLOOR: dict[str, list[Maker]] = {
-    "bedroom": [small.box_carton, small.bag, small.clothes, small.toy, small.book_pile, small.bin_],
-    "living room": [small.box_carton, small.bag, small.toy, small.book_pile, small.plant],
-    "kitchen": [small.bin_, small.box_carton, small.bag],
-    "bathroom": [small.bin_, small.clothes, small.towel_pile],
-    "office": [small.box_carton, small.bag, small.bin_, small.book_pile, small.box_carton],
-    "dining room": [small.bag, small.toy, small.box_carton],
-    "classroom": [small.bag, small.bin_, small.box_carton, small.bag],
-}
 
 
 @dataclass
@@ -109,7 +42,7 @@ class Plan:
                 return False
         return True
 
-    def put(self, thing: Thing, x, y, z=0.0, turn=0.0, ignore: int | None = None, check=True, take=True) -> int | None:
+    def put(self, thing: Thing, x, y, z=0, turn=0, ignore: int | None = None, check=True, take=True) -> int | None:
         """Place a thing if there is room; returns the number of its box."""
         low, high = placed_bounds(thing, x, y, z, turn)
         if check and not self.free(low, high, ignore):
@@ -120,7 +53,7 @@ class Plan:
         return len(self.boxes) - 1
 
     def on_wall(
-        self, thing: Thing, where="wall", z=0.0, gap=0.0, tries=14, wall=None
+        self, thing: Thing, where="wall", z=0, gap=0, tries=14, wall=None
     ) -> tuple[shell.Wall, float, int] | None:
         """Set a thing against some wall; returns the wall, the place along it and the number of its box."""
         rng = self.materials.rng
@@ -153,7 +86,7 @@ def placed_bounds(thing: Thing, x, y, z, turn) -> tuple[np.ndarray, np.ndarray]:
     return np.array([*(corners.min(0) + [x, y]), low[2] + z]), np.array([*(corners.max(0) + [x, y]), high[2] + z])
 
 
-def local_to_room(wall: shell.Wall, s: float, out: float) -> tuple[float, float]:
+def local_to_room(wall: shell.Wall, s, out) -> tuple[float, float]:
     """The room point at `s` along the wall from its middle and `out` from it."""
     c, v = np.cos(wall.turn), np.sin(wall.turn)
     return float(wall.middle[0] + c * s - v * out), float(wall.middle[1] + v * s + c * out)
@@ -289,11 +222,11 @@ def _keep(plan: Plan, wall, x0, x1, y0, y1, z0, z1):
 
 def _surfaces(plan: Plan) -> dict:
     m, rng, kind = plan.materials, plan.materials.rng, plan.kind
-    pale = m.colour((0.02, 0.3), (0.6, 0.95)) if rng.random() < 0.65 else m.grey(0.7, 0.93)
+    pale = m.colour((0.03, 0.4), (0.55, 0.95)) if rng.random() < 0.35 else m.muted((0.62, 0.95))
     wall = m.add(kinds.PLASTER, pale, p0=m.uniform(0.03, 0.12))
     roll = rng.random()
     if kind == "bathroom" or (kind == "kitchen" and roll < 0.3):
-        tone = m.colour((0.02, 0.3), (0.6, 0.95))
+        tone = m.muted((0.55, 0.95))
         wall = m.add(
             kinds.TILES,
             tone,
@@ -320,7 +253,7 @@ def _surfaces(plan: Plan) -> dict:
     roll = rng.random()
     hard = kind in ("kitchen", "bathroom") or roll < 0.12
     if hard:
-        a = m.colour((0.03, 0.4), (0.4, 0.9))
+        a = m.muted((0.35, 0.9))
         choice = rng.random()
         if choice < 0.7:
             floor = m.add(
@@ -339,7 +272,7 @@ def _surfaces(plan: Plan) -> dict:
             floor = m.add(
                 kinds.CHECKER,
                 m.grey(0.75, 0.92),
-                m.colour((0.05, 0.5), (0.12, 0.5)),
+                m.muted((0.1, 0.5)),
                 scale=m.uniform(2.5, 4),
                 specular=0.4,
                 shine=50,
@@ -350,7 +283,7 @@ def _surfaces(plan: Plan) -> dict:
                 kinds.MARBLE, m.grey(0.75, 0.9), m.grey(0.4, 0.6), scale=1.2, specular=0.4, shine=70, reflect=0.08
             )
     elif roll < 0.62:
-        a, b = m.woods[0] if rng.random() < 0.3 else m._wood_colours()
+        a, b = m.woods[0] if rng.random() < 0.3 else m.wood_colours()
         floor = m.add(
             kinds.PLANKS,
             a,
@@ -362,7 +295,7 @@ def _surfaces(plan: Plan) -> dict:
             p1=m.uniform(0.7, 1.8),
         )
     else:
-        a = m.colour((0.05, 0.45), (0.3, 0.8))
+        a = m.muted((0.25, 0.8)) if rng.random() < 0.8 else m.colour((0.1, 0.5), (0.2, 0.6))
         floor = m.add(kinds.CARPET, a, a * m.uniform(0.7, 0.85))
     white = m.add(kinds.PLASTER, m.grey(0.82, 0.95), p0=m.uniform(0.02, 0.1))
     if kind in ("office", "classroom") and rng.random() < 0.7:
@@ -394,17 +327,19 @@ def furnish(plan: Plan, density: float):
                 continue
             wall, s, number = spot
             low, high = thing.bounds
-            if maker is big.bed:
+            if maker is seats.bed:
                 for side in rng.permutation([-1, 1])[: rng.integers(1, 3)]:
                     stand = crowd(m, big.night_stand(m), 0.7)
                     a, b = stand.bounds
                     x = s + (high[0] - a[0] + 0.04 if side > 0 else low[0] - b[0] - 0.04)
                     plan.put(stand, *local_to_room(wall, x, 0.02), 0, wall.turn)
             elif maker is big.desk:
-                seat = big.office_chair(m) if rng.random() < (0.75 if plan.kind == "office" else 0.4) else big.chair(m)
+                seat = (
+                    seats.office_chair(m) if rng.random() < (0.75 if plan.kind == "office" else 0.4) else seats.chair(m)
+                )
                 x, y = local_to_room(wall, s + rng.uniform(-0.15, 0.15), high[1] + m.uniform(0.3, 0.5))
                 plan.put(seat, x, y, 0, wall.turn + np.pi + rng.uniform(-0.4, 0.4), ignore=number)
-            elif maker is big.sofa:
+            elif maker is seats.sofa:
                 before_sofa(plan, wall, s, high[1], density)
 
 
@@ -441,9 +376,10 @@ def middle(plan: Plan, density: float):
             for j in np.arange(-2, 3):
                 at = size / 2 + rotation(z=turn)[:2, :2] @ (np.array([i, j]) * step)
                 thing = alike(rng, style, lambda: big.table(m, wide, deep, 0.73))
+                thing.tops[0].use = "school"
                 number = plan.put(crowd(m, thing, 0.25 * density), *at, 0, turn)
                 if number is not None:
-                    seat = alike(rng, style, lambda: big.chair(m, wood, cloth))
+                    seat = alike(rng, style, lambda: seats.chair(m, wood, cloth))
                     c, v = np.cos(turn), np.sin(turn)
                     out = deep + m.uniform(0.25, 0.4)
                     plan.put(
@@ -492,7 +428,7 @@ def table_with_chairs(plan: Plan, thing: Thing, x, y, turn) -> bool:
     for px, py, facing in places:
         if rng.random() < 0.15:
             continue
-        seat, away = alike(rng, style, lambda: big.chair(m, wood, cloth)), m.uniform(0.28, 0.5)
+        seat, away = alike(rng, style, lambda: seats.chair(m, wood, cloth)), m.uniform(0.28, 0.5)
         away = m.uniform(0.5, 0.75) if rng.random() < 0.15 else away
         # Step back against the chair's own +y so that the seat's front reaches under the table.
         lx, ly = px - away * -np.sin(facing), py - away * np.cos(facing)
@@ -506,20 +442,20 @@ def hang(plan: Plan):
     m, rng, kind = plan.materials, plan.materials.rng, plan.kind
     wanted: list[tuple[Maker, float, float, float]] = []  # maker, chance, lowest and highest lower edge
     if kind in ("office", "classroom"):
-        wanted += [(shell.whiteboard, 0.75 if kind == "office" else 1.0, 0.85, 1.0), (small.clock, 0.5, 1.9, 2.1)]
+        wanted += [(shell.whiteboard, 0.75 if kind == "office" else 1.0, 0.85, 1.0), (wares.clock, 0.5, 1.9, 2.1)]
         wanted += [(small.paper_pinned, 0.6, 1.2, 1.6)] * 4
     if kind == "bathroom":
         wanted += [
             (shell.mirror, 1.0, 1.1, 1.25),
             (small.towel, 0.9, 0.7, 1.0),
             (small.towel, 0.5, 0.7, 1.0),
-            (big.wall_shelf, 0.4, 1.3, 1.5),
+            (fix.towel_board, 0.4, 1.3, 1.5),
         ]
     elif kind != "classroom":
         wanted += [(shell.mirror, 0.3, 1.0, 1.3), (big.wall_shelf, 0.35, 1.3, 1.6), (small.garment, 0.25, 0.8, 1.0)]
     if kind == "kitchen":
-        wanted += [(small.towel, 0.5, 0.8, 1.0), (small.clock, 0.5, 1.8, 2.0)]
-    wanted += [(shell.picture, 0.8, 1.15, 1.5)] * int(rng.integers(2, 8))
+        wanted += [(small.towel, 0.5, 0.8, 1.0), (wares.clock, 0.5, 1.8, 2.0)]
+    wanted += [(shell.picture, 0.8, 1.15, 1.5)] * int(rng.integers(0, 2) if kind == "bathroom" else rng.integers(2, 8))
     for maker, chance, low, high in wanted:
         if rng.random() < chance:
             plan.on_wall(maker(m), "wall", z=m.uniform(low, high), tries=10)

@@ -5,6 +5,7 @@ mipmaps do, so that nothing glitters far away.
 """
 
 import math
+from typing import no_type_check
 
 import numpy as np
 from numba import njit
@@ -34,7 +35,7 @@ def linear(colour) -> np.ndarray:
     return np.clip(np.asarray(colour, float), 0, 1) ** 2.2
 
 
-def hsv(h: float, s: float, v: float) -> np.ndarray:
+def hsv(h, s, v) -> np.ndarray:
     """sRGB of a hue (turns), saturation and value."""
     k = (np.array([5.0, 3.0, 1.0]) + h * 6) % 6
     return v - v * s * np.clip(np.minimum(k, 4 - k), 0, 1)
@@ -46,7 +47,7 @@ class Materials:
     def __init__(self, rng: np.random.Generator):
         self.rng = rng
         self.rows: list[np.ndarray] = []
-        self.woods = [self._wood_colours() for _ in range(3)]
+        self.woods = [self.wood_colours() for _ in range(3)]
         self.metal = self.add(PLAIN, self.grey(0.5, 0.75), specular=0.6, shine=60, reflect=0.25)
         self.dark = self.add(PLAIN, self.grey(0.04, 0.14), specular=0.25, shine=40)
         self.white = self.add(PLAIN, self.grey(0.85, 0.95), specular=0.15, shine=30)
@@ -82,7 +83,13 @@ class Materials:
         )
         return hsv((hue + self.rng.normal(0, 0.03)) % 1, self.uniform(*saturation), self.uniform(*value))
 
-    def _wood_colours(self):
+    def muted(self, value=(0.3, 0.85)) -> np.ndarray:
+        """A colour for large surfaces: greys and beiges, now and then a weak blue or green."""
+        warm = self.rng.random() < 0.75
+        hue = self.uniform(0.05, 0.14) if warm else self.rng.choice([0.33, 0.5, 0.58, 0.62, 0.95])
+        return hsv(hue, self.uniform(0.02, 0.38) if warm else self.uniform(0.03, 0.28), self.uniform(*value))
+
+    def wood_colours(self):
         hue, saturation = self.uniform(0.045, 0.1), self.uniform(0.3, 0.75)
         value = self.uniform(0.18, 0.82)
         if self.rng.random() < 0.12:
@@ -90,9 +97,9 @@ class Materials:
         dark = hsv(hue - 0.01, min(saturation * 1.15, 1), value * self.uniform(0.6, 0.85))
         return hsv(hue, saturation, value), dark
 
-    def wood(self, which: int | None = None) -> int:
+    def wood(self, which=None) -> int:
         """One of the room's woods (0..2), or any."""
-        a, b = self.woods[which] if which is not None else self._wood_colours()
+        a, b = self.woods[which] if which is not None else self.wood_colours()
         lacquer = self.uniform(0, 1)
         return self.add(
             WOOD, a, b, scale=self.uniform(0.7, 1.6), specular=0.14 * lacquer, shine=30, reflect=0.02 * lacquer
@@ -102,9 +109,9 @@ class Materials:
         colour = self.colour(value=value) if self.rng.random() < 0.6 else self.grey(*value)
         return self.add(PLAIN, colour, specular=gloss, shine=35)
 
-    def fabric(self, value=(0.2, 0.85), plain: float = 0.45) -> int:
+    def fabric(self, value=(0.2, 0.85), plain=0.45) -> int:
         """Upholstery or bedding: plain weave, stripes, plaid, flowers, dots or checks."""
-        a = self.colour((0.08, 0.7), value)
+        a = self.colour((0.05, 0.6), value)
         if self.rng.random() < plain:
             return self.add(WEAVE, a, a * self.uniform(0.65, 0.9), scale=self.uniform(0.8, 1.5))
         b = self.colour((0.05, 0.6), (0.25, 0.95))
@@ -123,6 +130,7 @@ class Materials:
 
 
 @njit(cache=True, nogil=True, inline="never")
+@no_type_check
 def _hash(i, j, k, seed):
     h = (i * 374761393 + j * 668265263 + k * 2147483647 + seed * 1274126177) & 0xFFFFFFFF
     h = ((h ^ (h >> 13)) * 1274126177) & 0xFFFFFFFF
@@ -131,6 +139,7 @@ def _hash(i, j, k, seed):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def noise(x, y, z, seed):
     """Value noise in 0..1 with one bump per unit."""
     fx, fy, fz = math.floor(x), math.floor(y), math.floor(z)
@@ -145,12 +154,14 @@ def noise(x, y, z, seed):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def _fade(frequency, footprint):
     """How much of a detail of `frequency` per metre is left in a pixel that covers `footprint` metres."""
     return min(max(1.5 - 2.0 * frequency * footprint, 0.0), 1.0)
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def fbm(x, y, z, frequency, seed, footprint):
     """Three octaves of noise around 0.5."""
     total, gain = 0.0, 0.5
@@ -165,6 +176,7 @@ def fbm(x, y, z, frequency, seed, footprint):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def _line(distance, width, footprint):
     """Coverage of a line of half-width `width` at `distance`, blurred by the pixel."""
     blur = max(footprint, 1e-5)
@@ -172,6 +184,7 @@ def _line(distance, width, footprint):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def _band(t, footprint):
     """A square wave of period 1 as 0..1, blurred by the pixel (footprint in periods)."""
     t = t - math.floor(t)
@@ -182,6 +195,7 @@ def _band(t, footprint):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def _outdoors(dx, dy, dz, seed):
     """Mix weights of sky (a) and trees (b) and a brightness, for a view direction."""
     azimuth, rise = math.atan2(dy, dx) * 4, dz * 6
@@ -193,6 +207,7 @@ def _outdoors(dx, dy, dz, seed):
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def shade(row, p, n, footprint, d, out):
     """Colour of the material `row` at the texture point `p` with texture-space normal `n`, in a pixel covering
     `footprint` metres and seen along the world direction `d`; written to `out` as linear RGB."""
@@ -211,10 +226,10 @@ def shade(row, p, n, footprint, d, out):
     elif kind == WOOD:
         # Long streaks along x; their lines bend slowly and stand closer than the part is wide.
         warp = fbm(x * 0.12, y, z, 5.0 * scale, seed, footprint)
-        ring = math.sin(2 * math.pi * (warp * 3.0 + (y + z) * 28.0 * scale)) * _fade(32 * scale, footprint)
+        ring = math.sin(2 * math.pi * (warp * 6.0 + (y + z) * 17.0 * scale)) * _fade(22 * scale, footprint)
         fibre = (noise(x * 6, y * 240, z * 240, seed + 3) - 0.5) * _fade(240.0, footprint)
         broad = noise(x * 1.5, y * 14, z * 14, seed + 6) - 0.5
-        wb = min(max(0.4 + 0.13 * ring + 0.45 * fibre + 0.9 * (warp - 0.5) + 0.35 * broad, 0.0), 1.0)
+        wb = min(max(0.4 + 0.05 * ring + 0.5 * fibre + 0.9 * (warp - 0.5) + 0.35 * broad, 0.0), 1.0)
         wa = 1 - wb
     elif kind == PLANKS:
         width, length = row[P0], row[P1]
@@ -260,9 +275,10 @@ def shade(row, p, n, footprint, d, out):
         wb *= 1 - wc
         wa = 1 - wb - wc
     elif kind == MARBLE:
-        warp = fbm(x, y, z, 2.5 * scale, seed, footprint)
-        vein = abs(math.sin(6 * scale * (x + 0.6 * y + 0.4 * z) + 14 * warp))
-        wb = max(0.0, 1 - 4 * vein) * 0.8 + 0.4 * max(0.0, warp - 0.5)
+        warp = fbm(x, y, z, 1.6 * scale, seed, footprint)
+        vein = abs(warp - 0.5) * 9 + 0.6 * abs(noise(x * 11, y * 11, z * 11, seed + 5) - 0.3)
+        cloud = fbm(x, y, z, 3.0 * scale, seed + 9, footprint)
+        wb = min(0.75 * max(0.0, 1 - 2.2 * vein) + max(0.0, 0.9 * (cloud - 0.45)), 1.0)
         wa = 1 - wb
     elif kind == CHECKER:
         u, v = 2 * _band(s * scale * 0.5, footprint * scale) - 1, 2 * _band(t * scale * 0.5, footprint * scale) - 1

@@ -22,13 +22,13 @@ class Solid(NamedTuple):
     faces: np.ndarray  # (m, 3)
     texture: np.ndarray | None = None
 
-    def turned(self, x: float = 0.0, y: float = 0.0, z: float = 0.0, about=(0.0, 0.0, 0.0)) -> "Solid":
+    def turned(self, x=0, y=0, z=0, about=(0.0, 0.0, 0.0)) -> "Solid":
         """Rotated by angles in radians about the x, then the y, then the z axis through the point `about`."""
         about = np.asarray(about, float)
         texture = self.textured().texture
         return Solid((self.vertices - about) @ rotation(x, y, z).T + about, self.faces, texture)
 
-    def moved(self, x: float = 0.0, y: float = 0.0, z: float = 0.0) -> "Solid":
+    def moved(self, x=0, y=0, z=0) -> "Solid":
         return Solid(self.vertices + [x, y, z], self.faces, self.textured().texture)
 
     def textured(self) -> "Solid":
@@ -40,7 +40,7 @@ class Solid(NamedTuple):
         return self._replace(texture=(self.vertices - (low + high) / 2)[:, order])
 
 
-def rotation(x: float = 0.0, y: float = 0.0, z: float = 0.0) -> np.ndarray:
+def rotation(x=0, y=0, z=0) -> np.ndarray:
     """The 3x3 rotation about x, then y, then z (radians)."""
     cx, sx, cy, sy, cz, sz = np.cos(x), np.sin(x), np.cos(y), np.sin(y), np.cos(z), np.sin(z)
     about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
@@ -60,7 +60,7 @@ def hexa(bottom, top) -> Solid:
     return Solid(np.concatenate([np.asarray(bottom, float), np.asarray(top, float)]), _HEXA)
 
 
-def box(x0, x1, y0, y1, z0, z1, bevel: float = 0.0) -> Solid:
+def box(x0, x1, y0, y1, z0, z1, bevel=0) -> Solid:
     """An axis-aligned box; `bevel` cuts its edges by that many metres."""
     if bevel <= 0:
         bottom = [(x0, y0, z0), (x1, y0, z0), (x1, y1, z0), (x0, y1, z0)]
@@ -78,7 +78,7 @@ def box(x0, x1, y0, y1, z0, z1, bevel: float = 0.0) -> Solid:
     return Solid(np.array(vertices, float), _ring_faces(8, 4))
 
 
-def _ring_faces(n: int, rings: int, closed: bool = False) -> np.ndarray:
+def _ring_faces(n, rings, closed=False) -> np.ndarray:
     """Faces of stacked rings of n vertices, with fans on both ends, or joined end to end."""
     i = np.arange(n)
     j = (i + 1) % n
@@ -95,7 +95,7 @@ def _ring_faces(n: int, rings: int, closed: bool = False) -> np.ndarray:
     return np.concatenate(faces)
 
 
-def lathe(profile, x=0.0, y=0.0, z=0.0, n: int = 16, closed: bool = False) -> Solid:
+def lathe(profile, x=0.0, y=0.0, z=0.0, n=16, closed: bool = False) -> Solid:
     """Surface of revolution of (radius, height) pairs going upwards on the outside. The ends are capped; `closed`
     joins the last pair to the first instead, which gives a pipe or a lampshade with a wall."""
     profile = np.asarray(profile, float)
@@ -112,11 +112,11 @@ def lathe(profile, x=0.0, y=0.0, z=0.0, n: int = 16, closed: bool = False) -> So
     return Solid(vertices, _ring_faces(n, len(profile), closed))
 
 
-def cylinder(x, y, z0, z1, r0, r1=None, n: int = 14) -> Solid:
+def cylinder(x, y, z0, z1, r0, r1=None, n=14) -> Solid:
     return lathe([(r0, z0), (r0 if r1 is None else r1, z1)], x, y, 0.0, n)
 
 
-def tube(points, radius, n: int = 8) -> Solid:
+def tube(points, radius, n=8) -> Solid:
     """A round bar along a polyline (k, 3); `radius` is a number or one for each point."""
     points = np.asarray(points, float)
     radius = np.broadcast_to(np.asarray(radius, float), len(points))
@@ -132,7 +132,7 @@ def tube(points, radius, n: int = 8) -> Solid:
     return Solid((points[:, None] + radius[:, None, None] * ring).reshape(-1, 3), _ring_faces(n, len(points)))
 
 
-def ellipsoid(x, y, z, rx, ry, rz, n: int = 14, rings: int = 9, power: float = 1.0) -> Solid:
+def ellipsoid(x, y, z, rx, ry, rz, n=14, rings=9, power=1) -> Solid:
     """An ellipsoid; `power` < 1 makes it boxy (a superquadric: cushions, mattresses)."""
 
     def signed(v):
@@ -152,7 +152,7 @@ def ellipsoid(x, y, z, rx, ry, rz, n: int = 14, rings: int = 9, power: float = 1
     return Solid(vertices.reshape(-1, 3), _ring_faces(n, rings))
 
 
-def cushion(x0, x1, y0, y1, z0, z1, power: float = 0.35) -> Solid:
+def cushion(x0, x1, y0, y1, z0, z1, power=0.35) -> Solid:
     """A soft box."""
     half = (x1 - x0) / 2, (y1 - y0) / 2, (z1 - z0) / 2
     return ellipsoid((x0 + x1) / 2, (y0 + y1) / 2, (z0 + z1) / 2, *half, n=24, rings=12, power=power)
@@ -165,7 +165,7 @@ def prism(outline, z0, z1) -> Solid:
     return Solid(np.concatenate(ring), _ring_faces(len(outline), 2))
 
 
-def sheet(surface, thickness: float, texture=None) -> Solid:
+def sheet(surface, thickness, texture=None) -> Solid:
     """A slab below a grid of points (r, c, 3), drawn down its own normals: cloth, curtains, blankets. The grid's
     normal, rows x columns turned by the right hand (columns first), points out of the visible side."""
     surface = np.asarray(surface, float)
@@ -248,12 +248,12 @@ class Thing:
         self.labels.append(NYU40[label])
         return self
 
-    def add(self, material: int, *solids: Solid, item: int | None = None, closed: bool = True) -> "Thing":
+    def add(self, material: int, *solids: Solid, item=None, closed: bool = True) -> "Thing":
         where = len(self.labels) - 1 if item is None else item
         self.parts += [Part(solid, material, where, closed) for solid in solids]
         return self
 
-    def include(self, other: "Thing", x=0.0, y=0.0, z=0.0, turn: float = 0.0) -> "Thing":
+    def include(self, other: "Thing", x=0.0, y=0.0, z=0.0, turn=0) -> "Thing":
         """Put another thing's items beside ours, turned about z, then moved."""
         offset = len(self.labels)
         self.labels += other.labels

@@ -7,6 +7,7 @@ camera looking within 45 degrees of +Y. That is the frame of the SSCNet files.
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import no_type_check
 
 import numpy as np
 from embreex.mesh_construction import TriangleMesh
@@ -81,6 +82,7 @@ def in_threads(work: Callable, items: list) -> list:
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def _corner_normals(vertices, faces, cosine):
     """Normals at the corners of each face: the area-weighted mean over the faces around the vertex that lie within an
     angle of this one, so that curved surfaces look smooth and edges stay sharp."""
@@ -131,7 +133,14 @@ def assemble(plan: layout.Plan) -> Scene:
     faces = np.concatenate([s.faces for s in solids]) + offsets[:, None]
     lights = sorted(world.lights, key=lambda light: -float(light.power.sum()) * (1 + 9 * (light.sun is not None)))[:5]
     rows = [
-        [*light.centre, *light.u, *light.v, *light.power, light.radius, *(np.zeros(3) if light.sun is None else light.sun)]
+        [
+            *light.centre,
+            *light.u,
+            *light.v,
+            *light.power,
+            light.radius,
+            *(np.zeros(3) if light.sun is None else light.sun),
+        ]
         for light in lights
     ]
     # The glossy parts of one thing share its material table; objects keep the order they were placed in.
@@ -214,7 +223,7 @@ def choose_camera(scene: Scene, boxes, rng: np.random.Generator) -> tuple[np.nda
         if np.linalg.norm(aim) < 0.8:
             continue
         yaw = np.arctan2(-aim[0], aim[1])
-        pitch = np.radians(np.clip(rng.normal(-11, 6), -25, 5))
+        pitch = np.radians(np.clip(rng.normal(-14, 6), -25, 5))
         pose = look(yaw, pitch, np.radians(rng.normal(0, 1.2)), np.array([*where, height]))
         directions = (rays @ pose[:3, :3].T).astype(np.float32)
         origins = np.broadcast_to(pose[:3, 3].astype(np.float32), directions.shape).copy()
@@ -228,8 +237,15 @@ def choose_camera(scene: Scene, boxes, rng: np.random.Generator) -> tuple[np.nda
         solid = ~np.isin(scene.object_labels[seen], (0, 1, 21))
         kinds = np.unique(labels)
         near = np.quantile(depth, 0.04)
-        score = len(kinds) + 0.35 * (share[solid] > 0.004).sum() + 10 * min(near - 0.9, 0) + 1.5 * min(np.median(depth) - 2.2, 0.5)
-        score -= 12 * max(share[solid].max(initial=0) - 0.3, 0) + 10 * max(np.isin(labels, (0, 1, 21)).mean() - 0.62, 0)
+        score = (
+            len(kinds)
+            + 0.35 * (share[solid] > 0.004).sum()
+            + 10 * min(near - 0.9, 0)
+            + 1.5 * min(np.median(depth) - 2.2, 0.5)
+        )
+        furniture = ~np.isin(labels, (0, 1, 7, 8, 10, 21))
+        score += 6 * min(furniture.mean(), 0.6)
+        score -= 12 * max(share[solid].max(initial=0) - 0.3, 0) + 10 * max(np.isin(labels, (0, 1, 21)).mean() - 0.55, 0)
         tries += 1
         if score > best_score:
             best, best_score = (pose, yaw), score

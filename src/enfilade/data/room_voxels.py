@@ -7,6 +7,8 @@ Furniture is solid: each closed part is filled, and every surface marks the voxe
 Walls, floor and ceiling are two to three voxels thick, outwards. What is outside the room is 255 (unknown).
 """
 
+from typing import no_type_check
+
 import numpy as np
 from numba import njit
 
@@ -21,6 +23,7 @@ FLOOR = -0.05  # the volume's lowest z; SSCNet's value
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def _paint(vertices, faces, which, label_of, grid, outward):
     """Mark the voxels that the faces pass through; with `outward` > 0 also that many voxels behind each face.
     Vertices are in voxels, (X, Y, Z)."""
@@ -49,12 +52,17 @@ def _paint(vertices, faces, which, label_of, grid, outward):
                 v = (1 - u) * j / v_steps
                 x, y, z = ax + u * bx + v * cx, ay + u * by + v * cy, az + u * bz + v * cz
                 for layer in range(outward + 1):
-                    gx, gy, gz = int(np.floor(x - layer * px)), int(np.floor(y - layer * py)), int(np.floor(z - layer * pz))
+                    gx, gy, gz = (
+                        int(np.floor(x - layer * px)),
+                        int(np.floor(y - layer * py)),
+                        int(np.floor(z - layer * pz)),
+                    )
                     if 0 <= gx < nx and 0 <= gy < ny and 0 <= gz < nz:
                         grid[gx, gz, gy] = label
 
 
 @njit(cache=True, nogil=True)
+@no_type_check
 def _fill(vertices, faces, first, last, label, grid, crossings, counts):
     """Fill one closed part: along each upright line through voxel centres, between the odd and the even crossings."""
     nx, nz, ny = grid.shape
@@ -77,7 +85,9 @@ def _fill(vertices, faces, first, last, label, grid, crossings, counts):
         if abs(det) < 1e-9:
             continue
         for gx in range(max(low_x, int(np.floor(min(ax, bx, cx)))), min(high_x, int(np.floor(max(ax, bx, cx)))) + 1):
-            for gy in range(max(low_y, int(np.floor(min(ay, by, cy)))), min(high_y, int(np.floor(max(ay, by, cy)))) + 1):
+            for gy in range(
+                max(low_y, int(np.floor(min(ay, by, cy)))), min(high_y, int(np.floor(max(ay, by, cy)))) + 1
+            ):
                 # Off the exact centre by a hair, so that a line rarely meets an edge of two triangles.
                 x, y = gx + 0.500137, gy + 0.500071
                 u = ((x - ax) * (cy - ay) - (y - ay) * (cx - ax)) / det
@@ -115,7 +125,9 @@ def voxelise(scene: Scene) -> VoxelGrid:
     grid = np.full(SHAPE, IGNORE, np.uint8)
     x = origin[0] + SIZE * (np.arange(SHAPE[0]) + 0.5)
     y = origin[1] + SIZE * (np.arange(SHAPE[2]) + 0.5)
-    columns = shell.inside(scene.plan, np.stack(np.meshgrid(x, y, indexing="ij"), -1).reshape(-1, 2)).reshape(len(x), len(y))
+    columns = shell.inside(scene.plan, np.stack(np.meshgrid(x, y, indexing="ij"), -1).reshape(-1, 2)).reshape(
+        len(x), len(y)
+    )
     z = origin[2] + SIZE * (np.arange(SHAPE[1]) + 0.5)
     levels = (z > 0) & (z < scene.height)
     grid[columns[:, None, :] & levels[None, :, None]] = 0

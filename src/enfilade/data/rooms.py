@@ -10,7 +10,7 @@ looking within 45 degrees of +Y. This is the frame of the SSCNet files.
 """
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 
 from enfilade import labels
 from enfilade.camera import Camera
