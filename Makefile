@@ -4,7 +4,7 @@
 #
 # Without an active virtual environment, one is made in .venv with $(PYTHON).
 
-SHELL := /bin/bash
+SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint docs bench clean
@@ -20,6 +20,8 @@ else
 VENV := .venv
 endif
 PY := $(VENV)/bin/python
+# This clone's code, also where the environment was installed from another one
+export PYTHONPATH := $(CURDIR)/src
 # A stamp for each set of extras; it lies in the environment, so that a new environment installs anew.
 STAMP := $(VENV)/.enfilade
 SOURCES := pyproject.toml

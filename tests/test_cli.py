@@ -347,10 +347,11 @@ def test_data_check_and_show(capsys, nyu, tmp_path):
     assert cv2.imread(str(sheet)) is not None
 
 
-def test_data_show_of_rooms(tmp_path):
+def test_data_show_and_check_of_rooms(tmp_path):
     options = ["--option", "length=1", "--option", "width=64", "--option", "height=48"]
     sheet = tmp_path / "rooms.png"
     assert main(["data", "show", "rooms", "--out", str(sheet), *options]) == 0
+    assert main(["data", "check", "rooms", *options]) == 0
     assert cv2.imread(str(sheet)) is not None
 
 

@@ -348,8 +348,9 @@ def test_freeze_unfreezes_again():
 
 def test_an_unknown_part_is_named():
     network = checkpoint.build("gad", tiny().arguments)
-    with pytest.raises(UserError, match=r"'one'.*'decoder'"):
-        training.freeze(network, stage(train=("decoder",)))
+    for wrong in ({"train": ("decoder",)}, {"clip": {"decoder": 1.0}}, {"lr_parts": {"decoder": 0.1}}):
+        with pytest.raises(UserError, match=r"'one'.*'decoder'"):
+            training.freeze(network, stage(**wrong))
 
 
 def test_every_parameter_has_one_part_and_the_right_rate():

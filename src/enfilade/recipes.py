@@ -70,7 +70,7 @@ def gad_ablation(row: str, weights: str | None = None) -> Recipe:
         lr=1e-3,
         lr_parts={"trunk": 0.3},
         weight_decay=0.01,
-        clip={"semantic": 5.0, "spf": 5.0},
+        clip={"semantic": 5.0, **({"spf": 5.0} if arguments.get("skip", True) else {})},
         evaluate_every=100,
     )
     small = {"encoder": "mobilenetv2_100", "weights": weights, "bottleneck": 96, "widths": (96, 64, 64)}

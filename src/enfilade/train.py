@@ -79,9 +79,9 @@ def freeze(network: nn.Module, stage: Stage) -> None:
     """Training mode, but for frozen parts: their parameters take no gradient and their batch norms do not move."""
     network.train()
     parts: dict[str, list[nn.Module]] = network.parts  # type: ignore[assignment]
-    unknown = set(stage.train) - {"*"} - parts.keys()
+    unknown = {*stage.train, *stage.lr_parts, *stage.clip} - {"*"} - parts.keys()
     if unknown:
-        raise UserError(f"stage {stage.name!r} trains {sorted(unknown)}, which the model lacks: it has {sorted(parts)}")
+        raise UserError(f"stage {stage.name!r} names {sorted(unknown)}, which the model lacks: it has {sorted(parts)}")
     for part, modules in parts.items():
         learns = "*" in stage.train or part in stage.train
         for module in modules:

@@ -28,19 +28,23 @@ ALONG_WALLS: dict[str, list[tuple[Maker, tuple[float, ...], str]]] = {
     "living room": [
         (seats.sofa, (1.0, 0.45), "middle"), (big.television, (0.75,), "middle"), (shell.fireplace, (0.25,), "middle"),
         (big.piano, (0.15,), "wall"), (big.bookshelf, (0.65, 0.3), "wall"), (big.cabinet, (0.4,), "wall"),
-        (seats.armchair, (0.6, 0.3), "corner"), (big.side_table, (0.5,), "corner"), (wares.lamp_floor, (0.6, 0.15), "corner"),
-        (wares.plant, (0.6, 0.3), "corner"), (big.desk, (0.2,), "wall"), (big.shelves, (0.25,), "wall"), (seats.bench, (0.3,), "wall"),
+        (seats.armchair, (0.6, 0.3), "corner"), (big.side_table, (0.5,), "corner"), (wares.lamp_floor,
+        (0.6, 0.15), "corner"),
+        (wares.plant, (0.6, 0.3), "corner"), (big.desk, (0.2,), "wall"), (big.shelves, (0.25,), "wall"),
+        (seats.bench, (0.3,), "wall"),
     ],
     "kitchen": [
         (fix.counter, (1.0, 0.5), "wall"), (fix.refrigerator, (0.95,), "corner"), (big.cabinet, (0.35,), "wall"),
-        (fix.larder, (0.4,), "wall"), (seats.chair, (0.2,), "wall"), (seats.bench, (0.3,), "wall"), (wares.plant, (0.2,), "corner"),
+        (fix.larder, (0.4,), "wall"), (seats.chair, (0.2,), "wall"), (seats.bench, (0.3,), "wall"), (wares.plant,
+        (0.2,), "corner"),
     ],
     "bathroom": [
         (fix.bathtub, (0.9,), "corner"), (fix.washbasin, (1.0, 0.15), "wall"), (fix.toilet, (0.95,), "wall"),
         (big.cabinet, (0.2,), "corner"), (fix.towel_rack, (0.35,), "wall"), (seats.bench, (0.2,), "wall"),
     ],
     "office": [
-        (big.desk, (1.0, 0.8, 0.5, 0.3), "wall"), (big.bookshelf, (0.8, 0.5, 0.2), "wall"), (big.file_cabinet, (0.8, 0.5, 0.3), "corner"),
+        (big.desk, (1.0, 0.8, 0.5, 0.3), "wall"), (big.bookshelf, (0.8, 0.5, 0.2), "wall"), (big.file_cabinet,
+        (0.8, 0.5, 0.3), "corner"),
         (big.shelves, (0.45,), "wall"), (seats.sofa, (0.2,), "middle"), (big.cabinet, (0.35,), "wall"),
         (wares.plant, (0.4,), "corner"), (seats.chair, (0.4, 0.2), "wall"), (wares.lamp_floor, (0.15,), "corner"),
     ],
@@ -50,8 +54,10 @@ ALONG_WALLS: dict[str, list[tuple[Maker, tuple[float, ...], str]]] = {
         (seats.chair, (0.4, 0.3), "wall"), (big.piano, (0.12,), "wall"), (seats.armchair, (0.25,), "corner"),
     ],
     "classroom": [
-        (big.podium, (0.5,), "middle"), (big.bookshelf, (0.5, 0.3), "wall"), (big.cabinet, (0.4,), "wall"), (big.television, (0.3,), "middle"),
-        (big.file_cabinet, (0.4,), "corner"), (big.shelves, (0.35,), "wall"), (seats.chair, (0.4, 0.3), "wall"), (wares.plant, (0.2,), "corner"),
+        (big.podium, (0.5,), "middle"), (big.bookshelf, (0.5, 0.3), "wall"), (big.cabinet, (0.4,), "wall"),
+        (big.television, (0.3,), "middle"),
+        (big.file_cabinet, (0.4,), "corner"), (big.shelves, (0.35,), "wall"), (seats.chair, (0.4, 0.3), "wall"),
+        (wares.plant, (0.2,), "corner"),
     ],
 }  # fmt: skip
 
@@ -59,12 +65,16 @@ ALONG_WALLS: dict[str, list[tuple[Maker, tuple[float, ...], str]]] = {
 # What stands on a top of each use, and how many things at most.
 ON_TOPS: dict[str, tuple[list[Maker], int]] = {
     "night": ([wares.lamp_table, wares.lamp_table, small.book_pile, wares.cup, wares.vase, small.paper], 2),
-    "case": ([wares.vase, wares.lamp_table, small.book_pile, small.box_carton, wares.bowl, wares.vase, wares.toy, wares.plant, wares.bottle], 5),
-    "table": ([wares.plate, wares.cup, wares.bowl, wares.vase, small.paper, small.book_pile, wares.bottle, wares.laptop, wares.plate], 7),
+    "case": ([wares.vase, wares.lamp_table, small.book_pile, small.box_carton, wares.bowl, wares.vase, wares.toy,
+    wares.plant, wares.bottle], 5),
+    "table": ([wares.plate, wares.cup, wares.bowl, wares.vase, small.paper, small.book_pile, wares.bottle,
+    wares.laptop, wares.plate], 7),
     "coffee": ([wares.bowl, small.book_pile, wares.cup, wares.vase, small.paper, wares.plate], 4),
-    "desk": ([wares.monitor, wares.laptop, wares.lamp_desk, small.book_pile, small.paper, wares.cup, small.paper, wares.vase, small.box_carton], 6),
+    "desk": ([wares.monitor, wares.laptop, wares.lamp_desk, small.book_pile, small.paper, wares.cup, small.paper,
+    wares.vase, small.box_carton], 6),
     "school": ([small.book_pile, small.paper, small.paper, wares.laptop, small.bag, wares.cup, wares.bottle], 4),
-    "kitchen": ([wares.appliance, wares.bottle, wares.bowl, wares.cup, wares.bottle, wares.plate, wares.appliance, wares.vase], 6),
+    "kitchen": ([wares.appliance, wares.bottle, wares.bowl, wares.cup, wares.bottle, wares.plate, wares.appliance,
+    wares.vase], 6),
     "bath": ([wares.bottle, wares.cup, wares.bottle, small.towel_pile], 4),
     "rim": ([wares.bottle], 3),
     "bed": ([small.book_pile, small.clothes, small.bag, wares.laptop, wares.toy, small.towel_pile, small.paper], 2),

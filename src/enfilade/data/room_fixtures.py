@@ -1,5 +1,7 @@
 """Kitchen and bathroom: fridge, worktop with sink and hob, washbasin, toilet, bathtub. As `room_furniture`."""
 
+from itertools import pairwise
+
 import numpy as np
 
 from enfilade.data import room_objects as small
@@ -12,7 +14,7 @@ from enfilade.data.room_mesh import Thing, Top, box, cylinder, hexa, lathe, tube
 def refrigerator(m):
     """Two doors on a body, with handles; the freezer above or below."""
     width, depth, height = m.uniform(0.58, 0.85), m.uniform(0.6, 0.75), m.uniform(1.5, 1.85)
-    skin = m.white if m.rng.random() < 0.5 else m.add(PLAIN, m.grey(0.45, 0.7), specular=0.5, shine=40, reflect=0.12)
+    skin = m.white if m.rng.random() < 0.5 else m.add(PLAIN, m.grey(0.45, 0.7), specular=0.5, shine=40, reflect=0.05)
     thing, split = Thing.of("refridgerator"), m.uniform(0.3, 0.42)
     split = height * (split if m.rng.random() < 0.5 else 1 - split)
     thing.add(m.dark, box(-width / 2 + 0.02, width / 2 - 0.02, 0.03, depth - 0.1, 0, 0.06))
@@ -82,7 +84,7 @@ def counter(m, width=None):
         x0, x1 = (np.array([k, k + 1]) / count) * (end + width / 2) - width / 2
         drawers = rng.random() < 0.3
         rows = [0.1, 0.35, 0.6, height - 0.04] if drawers else [0.1, height - 0.2, height - 0.04]
-        for r, (z0, z1) in enumerate(zip(rows[:-1], rows[1:], strict=True)):
+        for r, (z0, z1) in enumerate(pairwise(rows)):
             front(
                 m,
                 thing,
@@ -143,10 +145,13 @@ def counter(m, width=None):
 def _basin(hole, z, deep, wall=0.012):
     """Rim, four sides and the bottom of a rectangular bowl hanging in a hole."""
     x0, x1, y0, y1 = hole
-    rim = [box(x0 - 0.015, x1 + 0.015, y0 - 0.015, y0 + wall, z - 0.006, z), box(x0 - 0.015, x1 + 0.015, y1 - wall, y1 + 0.015, z - 0.006, z),
-           box(x0 - 0.015, x0 + wall, y0 + wall, y1 - wall, z - 0.006, z), box(x1 - wall, x1 + 0.015, y0 + wall, y1 - wall, z - 0.006, z)]  # fmt: skip
+    rim = [box(x0 - 0.015, x1 + 0.015, y0 - 0.015, y0 + wall, z - 0.006, z), box(x0 - 0.015, x1 + 0.015, y1 - wall,
+    y1 + 0.015, z - 0.006, z),
+           box(x0 - 0.015, x0 + wall, y0 + wall, y1 - wall, z - 0.006, z), box(x1 - wall, x1 + 0.015, y0 + wall,
+           y1 - wall, z - 0.006, z)]  # fmt: skip
     sides = [box(x0, x1, y0, y0 + wall, z - deep, z - 0.006), box(x0, x1, y1 - wall, y1, z - deep, z - 0.006),
-             box(x0, x0 + wall, y0 + wall, y1 - wall, z - deep, z - 0.006), box(x1 - wall, x1, y0 + wall, y1 - wall, z - deep, z - 0.006)]  # fmt: skip
+             box(x0, x0 + wall, y0 + wall, y1 - wall, z - deep, z - 0.006), box(x1 - wall, x1, y0 + wall, y1 - wall,
+             z - deep, z - 0.006)]  # fmt: skip
     return [*rim, *sides, box(x0 + wall, x1 - wall, y0 + wall, y1 - wall, z - deep, z - deep + wall)]
 
 
@@ -192,7 +197,8 @@ def washbasin(m):
 def _slab(width, depth, h, wide, deep):
     """A ceramic top with a rectangular bowl sunk in it."""
     x, y0, y1, low = wide / 1.4, 0.12, depth - 0.06, h - 0.05
-    return [box(-width / 2, -x, 0, depth + 0.01, low, h, bevel=0.01), box(x, width / 2, 0, depth + 0.01, low, h, bevel=0.01), box(-x, x, 0, y0, low, h),
+    return [box(-width / 2, -x, 0, depth + 0.01, low, h, bevel=0.01), box(x, width / 2, 0, depth + 0.01, low, h,
+    bevel=0.01), box(-x, x, 0, y0, low, h),
             box(-x, x, y1, depth + 0.01, low, h), box(-x, x, y0, y1, low, low + 0.008)]  # fmt: skip
 
 

@@ -1,6 +1,8 @@
 """The large pieces: seats, beds, tables and cases. Each maker draws its own proportions, style and
 colours from the room's `Materials` and returns a `Thing` with its back on y = 0, facing +y."""
 
+from itertools import pairwise
+
 import numpy as np
 
 from enfilade.data import room_objects as small
@@ -38,7 +40,8 @@ def front(m: Materials, thing: Thing, wood: int, metal: int, x0, x1, z0, z1, y, 
     if style == 1 and min(x1 - x0, z1 - z0) > 0.12:
         thing.add(wood, box(x0 + border, x1 - border, y + 0.008, y + 0.023, z0 + border, z1 - border, bevel=0.008))
     elif style == 2 and min(x1 - x0, z1 - z0) > 0.12:
-        for a, b, c, d in ((x0, x1, z0, z0 + border), (x0, x1, z1 - border, z1), (x0, x0 + border, z0 + border, z1 - border),
+        for a, b, c, d in ((x0, x1, z0, z0 + border), (x0, x1, z1 - border, z1),
+        (x0, x0 + border, z0 + border, z1 - border),
                            (x1 - border, x1, z0 + border, z1 - border)):  # fmt: skip
             thing.add(wood, box(a, b, y + 0.01, y + 0.026, c, d))
     front = y + (0.016, 0.023, 0.026)[style]
@@ -151,7 +154,7 @@ def bookshelf(m):
         thing.add(wood, box(-width / 2 + t, width / 2 - t, 0.012, depth - 0.003, z, z + t))
     thing.add(wood, box(-width / 2 + t, width / 2 - t, depth - 0.05, depth - 0.03, 0, 0.05))
     full = m.uniform(0.5, 1.0)
-    for z, above in zip(levels[:-1], levels[1:], strict=True):
+    for z, above in pairwise(levels):
         _fill_shelf(m, thing, -width / 2 + t, width / 2 - t, 0.02, depth - 0.01, z + t, above - z - t, full)
     thing.tops.append(Top(-width / 2 + 0.02, width / 2 - 0.02, 0.02, depth, height, 0.4, "case"))
     return thing
@@ -222,8 +225,10 @@ def wall_shelf(m, use="books"):
     for z in (0.0, 0.36)[: m.rng.integers(1, 3)]:
         thing.add(wood, box(-width / 2, width / 2, 0, depth, z, z + 0.025, bevel=0.003))
         for x in (-width * 0.35, width * 0.35):
-            thing.add(m.metal, hexa([(x - 0.01, 0, z - 0.12), (x + 0.01, 0, z - 0.12), (x + 0.01, 0.01, z - 0.12), (x - 0.01, 0.01, z - 0.12)],
-                                    [(x - 0.01, 0, z), (x + 0.01, 0, z), (x + 0.01, depth * 0.8, z), (x - 0.01, depth * 0.8, z)]))  # fmt: skip
+            thing.add(m.metal, hexa([(x - 0.01, 0, z - 0.12), (x + 0.01, 0, z - 0.12), (x + 0.01, 0.01, z - 0.12),
+            (x - 0.01, 0.01, z - 0.12)],
+                                    [(x - 0.01, 0, z), (x + 0.01, 0, z), (x + 0.01, depth * 0.8, z),
+                                    (x - 0.01, depth * 0.8, z)]))  # fmt: skip
         _fill_shelf(m, thing, -width / 2 + 0.01, width / 2 - 0.01, 0.01, depth - 0.01, z + 0.025, 0.3, 1.0, use)
     return thing
 
@@ -344,7 +349,7 @@ def desk(m):
             thing.add(wood, box(x0, x1, 0.04, depth - 0.04, 0.05, height - 0.035))
             thing.add(m.dark, box(x0 + 0.02, x1 - 0.02, 0.06, depth - 0.08, 0, 0.05))
             edges = np.linspace(0.06, height - 0.05, int(rng.integers(3, 5)))
-            for z0, z1 in zip(edges[:-1], edges[1:], strict=True):
+            for z0, z1 in pairwise(edges):
                 front(m, thing, wood, metal, x0, x1, z0, z1, depth - 0.04, style, handle)
         else:
             x = side * (width / 2 - 0.04)

@@ -1,7 +1,7 @@
 """Arranges a room: its plan and style, furniture by the kind of room, chairs at tables, things on tops, pictures at eye
 height, curtains at windows, clutter. Nothing is placed where its box would cut another's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,19 +30,21 @@ class Plan:
     world: Thing = field(default_factory=Thing)
     boxes: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
-    def free(self, low, high, ignore: int | None = None, margin: float = 0.01) -> bool:
+    def free(self, low, high, ignore: int | None = None) -> bool:
         """Whether the box lies in the room and cuts no other; `ignore` is the number of one box not to mind."""
         e = 0.004
         corners = np.array([(x, y) for x in (low[0] + e, high[0] - e) for y in (low[1] + e, high[1] - e)])
         within = (self.points > low[:2] + e).all(1) & (self.points < high[:2] - e).all(1)
         if not shell.inside(self.points, corners).all() or within.any() or high[2] > self.height - 0.01:
             return False
+        # Things stand on rugs, which are thinner than 2 cm, but a rug goes under nothing.
+        above, below = np.array([-e, -e, 0.01]), np.array([e, e, 0.02 if high[2] - low[2] > 0.03 else 0.0])
         for k, (a, b) in enumerate(self.boxes):
-            if k != ignore and (a < high + [-e, -e, margin]).all() and (b > low + [e, e, -margin + 0.02]).all():
+            if k != ignore and (a < high + above).all() and (b > low + below).all():
                 return False
         return True
 
-    def put(self, thing: Thing, x, y, z=0, turn=0, ignore: int | None = None, check=True, take=True) -> int | None:
+    def put(self, thing: Thing, x, y, z=0.0, turn=0.0, ignore: int | None = None, check=True, take=True) -> int | None:
         """Place a thing if there is room; returns the number of its box."""
         low, high = placed_bounds(thing, x, y, z, turn)
         if check and not self.free(low, high, ignore):
@@ -53,7 +55,7 @@ class Plan:
         return len(self.boxes) - 1
 
     def on_wall(
-        self, thing: Thing, where="wall", z=0, gap=0, tries=14, wall=None
+        self, thing: Thing, where="wall", z=0.0, gap=0.0, tries=14, wall=None
     ) -> tuple[shell.Wall, float, int] | None:
         """Set a thing against some wall; returns the wall, the place along it and the number of its box."""
         rng = self.materials.rng
@@ -83,7 +85,9 @@ class Plan:
 def placed_bounds(thing: Thing, x, y, z, turn) -> tuple[np.ndarray, np.ndarray]:
     low, high = thing.bounds
     corners = np.array([(a, b) for a in (low[0], high[0]) for b in (low[1], high[1])]) @ rotation(z=turn)[:2, :2].T
-    return np.array([*(corners.min(0) + [x, y]), low[2] + z]), np.array([*(corners.max(0) + [x, y]), high[2] + z])
+    return np.array([*(corners.min(0) + np.array([x, y])), low[2] + z]), np.array(
+        [*(corners.max(0) + np.array([x, y])), high[2] + z]
+    )
 
 
 def local_to_room(wall: shell.Wall, s, out) -> tuple[float, float]:
@@ -125,7 +129,7 @@ def crowd(m: Materials, thing: Thing, density: float) -> Thing:
     return thing
 
 
-def alike(rng: np.random.Generator, style: dict, make: Callable[[], Thing]) -> Thing:
+def alike(rng: np.random.Generator, style: Mapping, make: Callable[[], Thing]) -> Thing:
     """A thing of a set: made from the same draws as every other made with `style`, a state of the generator."""
     now = rng.bit_generator.state
     rng.bit_generator.state = style
@@ -153,6 +157,7 @@ def arrange(rng: np.random.Generator, kind: str | None = None) -> Plan:
     openings(plan)
     furnish(plan, density)
     middle(plan, density)
+    extras(plan, density)
     hang(plan)
     clutter(plan, density)
     ceiling(plan)
@@ -167,7 +172,10 @@ def openings(plan: Plan):
     daylight = m.uniform(1.2, 4.0) if rng.random() < 0.75 else 0.0
     bright = m.uniform(1.2, 2.6) if daylight else m.uniform(0.01, 0.05)
     sky_colour = (0.8, 0.88, 1.0) if daylight else (0.1, 0.12, 0.2)
-    sky = m.add(kinds.SKY, sky_colour, (0.3, 0.42, 0.22), emit=bright, reflect=0.04)
+    beyond = [(0.3, 0.42, 0.22), (0.42, 0.36, 0.24), (0.5, 0.5, 0.52), (0.5, 0.36, 0.3), (0.2, 0.32, 0.2)][
+        rng.integers(5)
+    ]
+    sky = m.add(kinds.SKY, sky_colour, beyond, emit=bright, reflect=0.04)
     paint = m.white if rng.random() < 0.65 else m.wood(0) if rng.random() < 0.6 else m.paint((0.4, 0.9))
     found = 0
     for wall in order[: 1 + (rng.random() < 0.35)]:
@@ -304,7 +312,8 @@ def _surfaces(plan: Plan) -> dict:
         )
     trim = m.white if rng.random() < 0.7 else m.wood(0)
     return {
-        "wall": wall, "accent": accent, "accent wall": int(rng.integers(len(plan.walls))) if rng.random() < 0.25 else -1,
+        "wall": wall, "accent": accent,
+        "accent wall": int(rng.integers(len(plan.walls))) if rng.random() < 0.25 else -1,
         "floor": floor, "ceiling": white, "baseboard": trim if kind != "bathroom" and rng.random() < 0.9 else None,
         "baseboard high": m.uniform(0.05, 0.13),
     }  # fmt: skip
@@ -343,6 +352,15 @@ def furnish(plan: Plan, density: float):
                 before_sofa(plan, wall, s, high[1], density)
 
 
+def extras(plan: Plan, density: float):
+    """More of the same along walls that are still free; a lived-in room is rarely bare."""
+    m, rng = plan.materials, plan.materials.rng
+    makers = [maker for maker, chances, _ in ALONG_WALLS[plan.kind] if sum(chances) < 0.7 or len(chances) > 1]
+    makers = [maker for maker in makers if maker not in (seats.bed, fix.counter, big.piano, shell.fireplace)]
+    for _ in range(rng.binomial(6, density)):
+        plan.on_wall(crowd(m, makers[rng.integers(len(makers))](m), density), "wall", tries=6)
+
+
 def before_sofa(plan: Plan, wall, s, front, density):
     """A coffee table, often on a rug, in front of a sofa."""
     m, rng = plan.materials, plan.materials.rng
@@ -351,7 +369,7 @@ def before_sofa(plan: Plan, wall, s, front, density):
         x, y = local_to_room(wall, s, front + 0.05)
         plan.put(shell.rug(m, w, d), x, y, 0, wall.turn)
     thing = crowd(m, big.coffee_table(m), density)
-    plan.put(thing, *local_to_room(wall, s, front + m.uniform(0.3, 0.5)), 0.014, wall.turn)
+    plan.put(thing, *local_to_room(wall, s, front + m.uniform(0.3, 0.5)), 0, wall.turn)
 
 
 def middle(plan: Plan, density: float):
@@ -377,7 +395,7 @@ def middle(plan: Plan, density: float):
                 at = size / 2 + rotation(z=turn)[:2, :2] @ (np.array([i, j]) * step)
                 thing = alike(rng, style, lambda: big.table(m, wide, deep, 0.73))
                 thing.tops[0].use = "school"
-                number = plan.put(crowd(m, thing, 0.25 * density), *at, 0, turn)
+                number = plan.put(crowd(m, thing, 0.25 * density), at[0], at[1], 0, turn)
                 if number is not None:
                     seat = alike(rng, style, lambda: seats.chair(m, wood, cloth))
                     c, v = np.cos(turn), np.sin(turn)
@@ -415,7 +433,7 @@ def plan_rug(plan: Plan, w, d):
 def table_with_chairs(plan: Plan, thing: Thing, x, y, turn) -> bool:
     m, rng = plan.materials, plan.materials.rng
     low, high = thing.bounds
-    number = plan.put(thing, x, y, 0.013, turn)
+    number = plan.put(thing, x, y, 0, turn)
     if number is None:
         return False
     wood, cloth, style = m.wood(rng.integers(3)), m.fabric(), rng.bit_generator.state
@@ -471,7 +489,7 @@ def clutter(plan: Plan, density: float):
     """Things left on the floor, near the walls or about."""
     m, rng = plan.materials, plan.materials.rng
     makers, size = ON_FLOOR[plan.kind], plan.points.max(0)
-    for _ in range(rng.binomial(10, 0.3 + 0.6 * density)):
+    for _ in range(rng.binomial(13, 0.3 + 0.6 * density)):
         thing = makers[rng.integers(len(makers))](m)
         crowd(m, thing, 0.4)
         if rng.random() < 0.7:

@@ -298,8 +298,9 @@ def upsample(source, width, height, rows, point, normal, target, lonely):
 
 @njit(cache=True, nogil=True)
 @no_type_check
-def compose(rows, view, point, normal, albedo, material, materials, lights, seen, indirect, out, light_out):
-    """Outgoing radiance of each pixel; also the light it received, for its neighbours' finer samples."""
+def compose(rows, view, point, normal, albedo, material, materials, lights, seen, indirect, out, light_out, gloss):
+    """Outgoing radiance of each pixel; also the light it received and its highlights, for its
+    neighbours' finer samples."""
     for i in range(rows[0], rows[1]):
         row = materials[material[i]]
         r, g, b = indirect[i, 0], indirect[i, 1], indirect[i, 2]
@@ -327,6 +328,7 @@ def compose(rows, view, point, normal, albedo, material, materials, lights, seen
                     sr, sg, sb = sr + s * light[9], sg + s * light[10], sb + s * light[11]
         light_out[i, 0], light_out[i, 1], light_out[i, 2] = r, g, b
         emit = row[EMIT]
+        gloss[i, 0], gloss[i, 1], gloss[i, 2] = sr * 0.3183, sg * 0.3183, sb * 0.3183
         out[i, 0] = albedo[i, 0] * (r * 0.3183 + emit) + sr * 0.3183
         out[i, 1] = albedo[i, 1] * (g * 0.3183 + emit) + sg * 0.3183
         out[i, 2] = albedo[i, 2] * (b * 0.3183 + emit) + sb * 0.3183

@@ -48,7 +48,7 @@ class Materials:
         self.rng = rng
         self.rows: list[np.ndarray] = []
         self.woods = [self.wood_colours() for _ in range(3)]
-        self.metal = self.add(PLAIN, self.grey(0.5, 0.75), specular=0.6, shine=60, reflect=0.25)
+        self.metal = self.add(PLAIN, self.grey(0.5, 0.75), specular=0.6, shine=60, reflect=0.14)
         self.dark = self.add(PLAIN, self.grey(0.04, 0.14), specular=0.25, shine=40)
         self.white = self.add(PLAIN, self.grey(0.85, 0.95), specular=0.15, shine=30)
         self.chrome = self.add(PLAIN, (0.75, 0.76, 0.78), specular=0.9, shine=120, reflect=0.55)
@@ -244,7 +244,7 @@ def shade(row, p, n, footprint, d, out):
         wa = 1 - wb
         gap = min(min(fx, 1 - fx) * length, min(fy, 1 - fy) * width)
         gain = 1 - 0.6 * _line(gap, 0.0012, footprint)
-    elif kind == TILES or kind == BRICK:
+    elif kind in (TILES, BRICK):
         u, v = s * scale, t * scale * row[P1]
         if kind == BRICK:
             u += 0.5 * (math.floor(v) % 2)
@@ -292,7 +292,7 @@ def shade(row, p, n, footprint, d, out):
         wc = keep * (0.8 if noise(x * 110, y * 110, z * 110, seed + 1) > 0.74 else 0.0)
         wb = max(0.0, wb - wc)
         wa = 1 - wb - wc
-    elif kind == DOTS or kind == FLORAL:
+    elif kind in (DOTS, FLORAL):
         u, v = s * scale, t * scale
         cu, cv = math.floor(u), math.floor(v)
         ou = 0.5 + (0.3 * (_hash(int(cu), int(cv), 1, seed) - 0.5) if kind == FLORAL else 0.0)
@@ -356,7 +356,7 @@ def shade(row, p, n, footprint, d, out):
     elif kind == TEXT:
         line = math.floor(t * scale)
         f = t * scale - line
-        ink = _hash(int(math.floor(s * scale * 2.2)), int(line), 1, seed) > 0.28
+        ink = _hash(math.floor(s * scale * 2.2), int(line), 1, seed) > 0.28
         length = _hash(3, int(line), 2, seed)
         keep = _fade(scale * 1.5, footprint)
         if 0.3 < f < 0.7 and ink and length > row[P0]:
@@ -378,7 +378,7 @@ def shade(row, p, n, footprint, d, out):
         h = x / max(row[P0], 0.01)
         if 0.72 < abs(h) < 0.84:
             wb = 0.9
-        elif abs(h) < 0.5 and _hash(int(math.floor(x * 150)), 1, 1, seed) > 0.45 and abs(y) < 0.012:
+        elif abs(h) < 0.5 and _hash(math.floor(x * 150), 1, 1, seed) > 0.45 and abs(y) < 0.012:
             wb = 0.8 * _fade(150.0, footprint)
         wa = 1 - wb
     elif kind == SHADE:

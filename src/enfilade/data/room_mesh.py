@@ -22,14 +22,14 @@ class Solid(NamedTuple):
     faces: np.ndarray  # (m, 3)
     texture: np.ndarray | None = None
 
-    def turned(self, x=0, y=0, z=0, about=(0.0, 0.0, 0.0)) -> "Solid":
+    def turned(self, x=0.0, y=0.0, z=0.0, about=(0.0, 0.0, 0.0)) -> "Solid":
         """Rotated by angles in radians about the x, then the y, then the z axis through the point `about`."""
         about = np.asarray(about, float)
         texture = self.textured().texture
         return Solid((self.vertices - about) @ rotation(x, y, z).T + about, self.faces, texture)
 
-    def moved(self, x=0, y=0, z=0) -> "Solid":
-        return Solid(self.vertices + [x, y, z], self.faces, self.textured().texture)
+    def moved(self, x=0.0, y=0.0, z=0.0) -> "Solid":
+        return Solid(self.vertices + np.array([x, y, z]), self.faces, self.textured().texture)
 
     def textured(self) -> "Solid":
         """With texture coordinates: metres from its middle, the longest side along the first axis."""
@@ -40,7 +40,7 @@ class Solid(NamedTuple):
         return self._replace(texture=(self.vertices - (low + high) / 2)[:, order])
 
 
-def rotation(x=0, y=0, z=0) -> np.ndarray:
+def rotation(x=0.0, y=0.0, z=0.0) -> np.ndarray:
     """The 3x3 rotation about x, then y, then z (radians)."""
     cx, sx, cy, sy, cz, sz = np.cos(x), np.sin(x), np.cos(y), np.sin(y), np.cos(z), np.sin(z)
     about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
@@ -60,7 +60,7 @@ def hexa(bottom, top) -> Solid:
     return Solid(np.concatenate([np.asarray(bottom, float), np.asarray(top, float)]), _HEXA)
 
 
-def box(x0, x1, y0, y1, z0, z1, bevel=0) -> Solid:
+def box(x0, x1, y0, y1, z0, z1, bevel=0.0) -> Solid:
     """An axis-aligned box; `bevel` cuts its edges by that many metres."""
     if bevel <= 0:
         bottom = [(x0, y0, z0), (x1, y0, z0), (x1, y1, z0), (x0, y1, z0)]
@@ -132,7 +132,7 @@ def tube(points, radius, n=8) -> Solid:
     return Solid((points[:, None] + radius[:, None, None] * ring).reshape(-1, 3), _ring_faces(n, len(points)))
 
 
-def ellipsoid(x, y, z, rx, ry, rz, n=14, rings=9, power=1) -> Solid:
+def ellipsoid(x, y, z, rx, ry, rz, n=14, rings=9, power=1.0) -> Solid:
     """An ellipsoid; `power` < 1 makes it boxy (a superquadric: cushions, mattresses)."""
 
     def signed(v):
@@ -253,7 +253,7 @@ class Thing:
         self.parts += [Part(solid, material, where, closed) for solid in solids]
         return self
 
-    def include(self, other: "Thing", x=0.0, y=0.0, z=0.0, turn=0) -> "Thing":
+    def include(self, other: "Thing", x=0.0, y=0.0, z=0.0, turn=0.0) -> "Thing":
         """Put another thing's items beside ours, turned about z, then moved."""
         offset = len(self.labels)
         self.labels += other.labels

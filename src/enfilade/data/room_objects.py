@@ -144,7 +144,8 @@ def box_carton(m, width=None, depth=None, height=None):
             )
         thing.tops.append(Top(-w / 2 + 0.03, w / 2 - 0.03, 0.03, d - 0.03, h + 0.006, 0.3, "box"))
         return thing
-    thing.add(card, box(-w / 2, w / 2, 0, t, 0, h), box(-w / 2, w / 2, d - t, d, 0, h), box(-w / 2, -w / 2 + t, t, d - t, 0, h),
+    thing.add(card, box(-w / 2, w / 2, 0, t, 0, h), box(-w / 2, w / 2, d - t, d, 0, h), box(-w / 2, -w / 2 + t, t,
+    d - t, 0, h),
               box(w / 2 - t, w / 2, t, d - t, 0, h), box(-w / 2 + t, w / 2 - t, t, d - t, 0, t))  # fmt: skip
     flap = d * 0.42
     for side in (-1, 1):
@@ -281,10 +282,14 @@ def person(m):
             * s
         )
         thing.add(
-            shirt, tube(arm[:2], np.array([0.055, 0.045]) * s, 10), ellipsoid(*arm[0], 0.065 * s, 0.065 * s, 0.065 * s)
+            shirt,
+            tube(arm[:2], np.array([0.055, 0.045]) * s, 10),
+            ellipsoid(arm[0, 0], arm[0, 1], arm[0, 2], 0.065 * s, 0.065 * s, 0.065 * s),
         )
         thing.add(
-            skin, tube(arm[1:], np.array([0.042, 0.03]) * s, 10), ellipsoid(*arm[2], 0.04 * s, 0.04 * s, 0.055 * s)
+            skin,
+            tube(arm[1:], np.array([0.042, 0.03]) * s, 10),
+            ellipsoid(arm[2, 0], arm[2, 1], arm[2, 2], 0.04 * s, 0.04 * s, 0.055 * s),
         )
     torso = lathe([(0.1, 0.86), (0.165, 0.9), (0.15, 1.08), (0.185, 1.3), (0.17, 1.42), (0.06, 1.49)], n=20)
     thing.add(shirt, torso._replace(vertices=(torso.vertices * [1.05, 0.68, 1] + [0, y, 0]) * s))

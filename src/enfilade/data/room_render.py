@@ -8,6 +8,7 @@ surfaces only (Wald et al. 2002, interleaved sampling), and carried to every pix
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from time import perf_counter
 
 import cv2
@@ -38,7 +39,8 @@ class _Surface:
         self.material = scene.face_material[np.maximum(self.face, 0)]
 
         def run(s):
-            loops.surface(self.face[s], u[s], v[s], self.t[s], origin[s], direction[s], spread, scene.vertices, scene.faces,
+            loops.surface(self.face[s], u[s], v[s], self.t[s], origin[s], direction[s], spread, scene.vertices,
+            scene.faces,
                      scene.texture, scene.normals, scene.face_material, scene.materials, self.point[s], self.flat[s],
                      self.normal[s], self.albedo[s], texture)  # fmt: skip
 
@@ -59,7 +61,8 @@ def _ambient(scene: Scene) -> np.ndarray:
 
 def _visibility(scene: Scene, index, width, first: _Surface, samples: int = 1) -> np.ndarray:
     """How much of each light the chosen pixels see, (n, lights)."""
-    n, seen = len(index), np.ones((len(index), len(scene.lights)), np.float32)
+    n, seen, tracer = len(index), np.ones((len(index), len(scene.lights)), np.float32), scene.tracer
+    assert tracer is not None
     for k, light in enumerate(scene.lights):
         for s in range(samples):
 
@@ -67,11 +70,12 @@ def _visibility(scene: Scene, index, width, first: _Surface, samples: int = 1) -
                 m = part.stop - part.start
                 origin, direction = np.empty((m, 3), np.float32), np.empty((m, 3), np.float32)
                 far, which = np.empty(m, np.float32), np.empty(m, np.int32)
-                count = loops.shadow_rays(index[part], width, first.point, first.flat, first.normal, light, 16 * s + 3 * k, origin,
+                count = loops.shadow_rays(index[part], width, first.point, first.flat, first.normal, light,
+                16 * s + 3 * k, origin,
                                      direction, far, which)  # fmt: skip
                 out = far[:count] < 0  # the sun beside the window
                 live = np.flatnonzero(~out)
-                hit = scene.tracer.run(origin[live], direction[live], far[live], query="OCCLUDED") >= 0
+                hit = tracer.run(origin[live], direction[live], far[live], query="OCCLUDED") >= 0
                 out[live] = hit
                 seen[part.start + which[:count][out], k] -= 1.0 / samples
 
@@ -113,7 +117,8 @@ def _radiosity(scene: Scene, hit: _Surface, ambient, near: bool) -> np.ndarray:
 def render(scene: Scene, rng: np.random.Generator) -> Frame:
     """The picture, and the exact maps at the pixel centres. `rng` draws the camera's exposure, balance and noise."""
     camera, seconds, clock = scene.camera, {}, perf_counter()
-    assert camera is not None and camera.pose is not None
+    assert camera is not None
+    assert camera.pose is not None
     width, height = camera.width, camera.height
 
     def lap(name):
@@ -142,7 +147,8 @@ def render(scene: Scene, rng: np.random.Generator) -> Frame:
     values = np.concatenate([seen, indirect], 1).reshape(*rows.shape, lights + 3).astype(np.float32)
     for step in (1, 2):
         target = np.empty_like(values)
-        in_threads(lambda s, v=values, t=target, step=step: loops.smooth(v, step, width, height, (s.start, s.stop), first.point, first.normal, t),
+        in_threads(lambda s, v=values, t=target, step=step: loops.smooth(v, step, width, height,
+        (s.start, s.stop), first.point, first.normal, t),
                    _bands(rows.shape[0], scene.threads))  # fmt: skip
         if step == 2:  # the wider pass would wash out contact shadows of the lights
             target[..., :lights] = 0.5 * target[..., :lights] + 0.5 * values[..., :lights]
@@ -160,12 +166,14 @@ def render(scene: Scene, rng: np.random.Generator) -> Frame:
         )
     lap("filter")
 
-    colour, light = np.empty((width * height, 3), np.float32), np.empty((width * height, 3), np.float32)
+    colour, light, gloss = (np.empty((width * height, 3), np.float32) for _ in range(3))
     seen, indirect = np.ascontiguousarray(full[:, :lights]), np.ascontiguousarray(full[:, lights:])
-    in_threads(lambda s: loops.compose((s.start, s.stop), eye, first.point, first.normal, first.albedo, first.material, scene.materials,
-                                  scene.lights, seen, indirect, colour, light), split(width * height, scene.threads))  # fmt: skip
-    emit = scene.materials[first.material, EMIT][:, None]
-    gloss = colour - first.albedo * (light * 0.3183 + emit)
+
+    def compose(part):
+        loops.compose((part.start, part.stop), eye, first.point, first.normal, first.albedo, first.material,
+                      scene.materials, scene.lights, seen, indirect, colour, light, gloss)  # fmt: skip
+
+    in_threads(compose, split(width * height, scene.threads))
     _reflections(scene, first, direction, ambient, colour, gloss)
     lap("shade")
 
@@ -200,7 +208,9 @@ def render(scene: Scene, rng: np.random.Generator) -> Frame:
     smooth[pixel] = total / 4
     lap("edges")
 
-    image = develop(smooth.reshape(height, width, 3), (emit[:, 0] > 0).reshape(height, width), rng)
+    image = develop(
+        smooth.reshape(height, width, 3), (scene.materials[first.material, EMIT] > 0).reshape(height, width), rng
+    )
     lap("camera")
     normals = (first.flat @ rotation).reshape(height, width, 3).astype(np.float32)
     shape = (height, width)
@@ -216,25 +226,27 @@ def render(scene: Scene, rng: np.random.Generator) -> Frame:
 
 def _bands(rows: int, threads: int) -> list[slice]:
     edges = np.linspace(0, rows, threads + 1).astype(int)
-    return [slice(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [slice(int(a), int(b)) for a, b in pairwise(edges)]
 
 
 def _reflections(scene: Scene, first: _Surface, direction, ambient, colour, gloss):
-    """One mirror ray where the material is glossy, weighted by Schlick's Fresnel term."""
+    """One mirror ray where the material is glossy, weighted by Schlick's Fresnel term; only true mirrors show the
+    patterns of what they reflect."""
     base = scene.materials[first.material, REFLECT]
-    glossy = np.flatnonzero(base > 0.015)
-    if len(glossy) == 0:
-        return
-    normal, incoming = first.normal[glossy], direction[glossy]
-    incoming = incoming / np.linalg.norm(incoming, axis=1, keepdims=True)
-    cosine = np.clip(-(normal * incoming).sum(1, keepdims=True), 0, 1)
-    outgoing = np.ascontiguousarray(incoming + 2 * cosine * normal, np.float32)
-    hit = _Surface(scene, first.point[glossy] + 0.002 * first.flat[glossy], outgoing, 0.004)
-    strength = base[glossy, None] + (1 - base[glossy, None]) * (1 - cosine) ** 5 * np.minimum(base[glossy, None] * 4, 1)
-    radiance = _radiosity(scene, hit, ambient, near=False) / math.pi
-    added = strength * (np.minimum(radiance, 3.0) - colour[glossy] * 0.6)
-    colour[glossy] = np.maximum(colour[glossy] + added, 0)
-    gloss[glossy] += added
+    for chosen, mirror in ((base > 0.1, True), ((base > 0.025) & (base <= 0.1), False)):
+        glossy = np.flatnonzero(chosen)
+        if len(glossy) == 0:
+            continue
+        normal, incoming, share = first.normal[glossy], direction[glossy], base[glossy, None]
+        incoming = incoming / np.sqrt((incoming * incoming).sum(1, keepdims=True))
+        cosine = np.clip(-(normal * incoming).sum(1, keepdims=True), 0, 1)
+        outgoing = np.ascontiguousarray(incoming + 2 * cosine * normal, np.float32)
+        hit = _Surface(scene, first.point[glossy] + 0.002 * first.flat[glossy], outgoing, 0.004, texture=mirror)
+        strength = share + (1 - share) * (1 - cosine) ** 5 * np.minimum(share * 4, 1)
+        radiance = _radiosity(scene, hit, ambient, near=False) / math.pi
+        added = strength * (np.minimum(radiance, 3.0) - colour[glossy] * 0.6)
+        colour[glossy] = np.maximum(colour[glossy] + added, 0)
+        gloss[glossy] += added
 
 
 def develop(radiance: np.ndarray, glowing: np.ndarray, rng: np.random.Generator) -> np.ndarray:

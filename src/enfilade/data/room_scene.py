@@ -7,6 +7,7 @@ camera looking within 45 degrees of +Y. That is the frame of the SSCNet files.
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import no_type_check
 
 import numpy as np
@@ -44,33 +45,26 @@ class Scene:
     tracer: EmbreeScene | None = None
     threads: int = 2
 
-    def cast(self, origins, directions, far=None, query="INTERSECT"):
-        """Trace rays, in threads (embreex lets go of the interpreter lock). INTERSECT returns face, u, v and distance
-        in units of the direction's length; OCCLUDED returns which rays hit anything nearer than `far`."""
-        n = len(origins)
-        if n == 0:
-            empty = np.zeros(0, np.float32)
-            return np.zeros(0, bool) if query == "OCCLUDED" else (np.zeros(0, np.int32), empty, empty, empty)
+    def cast(self, origins, directions) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Nearest hits of rays: face (-1: none), u, v, and distance in units of the direction's length. Traced in
+        threads: embreex lets go of the interpreter lock."""
+        tracer = self.tracer
+        assert tracer is not None
 
         def run(part):
-            limit = None if far is None else np.array(far[part], np.float32)
-            if query == "OCCLUDED":
-                return self.tracer.run(origins[part], directions[part], limit, query=query) >= 0
-            hit = self.tracer.run(origins[part], directions[part], limit, query=query, output=True)
+            hit = tracer.run(origins[part], directions[part], query="INTERSECT", output=True)
             return hit["primID"], hit["u"], hit["v"], hit["tfar"]
 
-        parts = split(n, self.threads)
-        results = [run(parts[0])] if len(parts) == 1 else in_threads(run, parts)
-        if query == "OCCLUDED":
-            return np.concatenate(results)
-        return tuple(np.concatenate(columns) for columns in zip(*results, strict=True))
+        columns = zip(*in_threads(run, split(len(origins), self.threads)), strict=True)
+        face, u, v, t = (np.concatenate(column) for column in columns)
+        return face, u, v, t
 
 
 def split(n: int, threads: int) -> list[slice]:
     """Equal runs of 0..n, one for each thread; a small job stays whole."""
     threads = threads if n > 4096 else 1
     edges = np.linspace(0, n, threads + 1).astype(int)
-    return [slice(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [slice(int(a), int(b)) for a, b in pairwise(edges)]
 
 
 def in_threads(work: Callable, items: list) -> list:
@@ -92,8 +86,7 @@ def _corner_normals(vertices, faces, cosine):
     count = np.zeros(n + 1, np.int64)
     for f in range(m):
         a, b, c = faces[f, 0], faces[f, 1], faces[f, 2]
-        ux, uy, uz = (vertices[b, k] - vertices[a, k] for k in range(3)) if False else (
-            vertices[b, 0] - vertices[a, 0], vertices[b, 1] - vertices[a, 1], vertices[b, 2] - vertices[a, 2])  # fmt: skip
+        ux, uy, uz = vertices[b, 0] - vertices[a, 0], vertices[b, 1] - vertices[a, 1], vertices[b, 2] - vertices[a, 2]
         vx, vy, vz = vertices[c, 0] - vertices[a, 0], vertices[c, 1] - vertices[a, 1], vertices[c, 2] - vertices[a, 2]
         area[f, 0], area[f, 1], area[f, 2] = uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
         length = np.sqrt(area[f, 0] ** 2 + area[f, 1] ** 2 + area[f, 2] ** 2) + 1e-20
@@ -143,12 +136,11 @@ def assemble(plan: layout.Plan) -> Scene:
         ]
         for light in lights
     ]
-    # The glossy parts of one thing share its material table; objects keep the order they were placed in.
     return Scene(
         kind=plan.kind,
         vertices=np.concatenate([s.vertices for s in solids]).astype(np.float32),
         faces=np.ascontiguousarray(faces, np.int32),
-        texture=np.concatenate([s.texture for s in solids]).astype(np.float32),
+        texture=np.concatenate([np.asarray(s.texture) for s in solids]).astype(np.float32),
         normals=np.zeros((0, 3, 3), np.float32),
         face_material=np.repeat([part.material for part in world.parts], counts).astype(np.int32),
         face_object=np.repeat([part.item for part in world.parts], counts).astype(np.int32),
@@ -245,7 +237,9 @@ def choose_camera(scene: Scene, boxes, rng: np.random.Generator) -> tuple[np.nda
         )
         furniture = ~np.isin(labels, (0, 1, 7, 8, 10, 21))
         score += 6 * min(furniture.mean(), 0.6)
-        score -= 12 * max(share[solid].max(initial=0) - 0.3, 0) + 10 * max(np.isin(labels, (0, 1, 21)).mean() - 0.55, 0)
+        score -= 25 * max(share[solid].max(initial=0) - 0.27, 0) + 10 * max(
+            np.isin(labels, (0, 1, 21)).mean() - 0.55, 0
+        )
         tries += 1
         if score > best_score:
             best, best_score = (pose, yaw), score

@@ -78,8 +78,10 @@ def chair(m, wood=None, seat=None):
         material = seat if style == 2 else wood
         thick = 0.022 if style == 2 else 0.01
         a, b = back_y(z0), back_y(z1)
-        thing.add(material, hexa([(-inner / 2, a - thick, z0), (inner / 2, a - thick, z0), (inner / 2, a + thick, z0), (-inner / 2, a + thick, z0)],
-                                 [(-inner / 2, b - thick, z1), (inner / 2, b - thick, z1), (inner / 2, b + thick, z1), (-inner / 2, b + thick, z1)]))  # fmt: skip
+        thing.add(material, hexa([(-inner / 2, a - thick, z0), (inner / 2, a - thick, z0),
+        (inner / 2, a + thick, z0), (-inner / 2, a + thick, z0)],
+                                 [(-inner / 2, b - thick, z1), (inner / 2, b - thick, z1),
+                                 (inner / 2, b + thick, z1), (-inner / 2, b + thick, z1)]))  # fmt: skip
     if rng.random() < 0.25:
         for x in (-width / 2 + 0.012, width / 2 - 0.012):
             z = level + 0.2

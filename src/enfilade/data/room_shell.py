@@ -3,6 +3,7 @@ pictures, mirrors, whiteboards, rugs, fireplaces, radiators, ceiling lights. Thi
 hang are drawn around z = 0 at their lower edge, and openings are at their place in the wall."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -70,7 +71,7 @@ def walls_of(points: np.ndarray) -> list[Wall]:
 def rectangles(points: np.ndarray) -> list[tuple[float, float, float, float]]:
     """The plan's cells between its own grid lines, as (x0, x1, y0, y1)."""
     xs, ys = np.unique(points[:, 0]), np.unique(points[:, 1])
-    cells = [(a, b, c, d) for a, b in zip(xs[:-1], xs[1:]) for c, d in zip(ys[:-1], ys[1:])]
+    cells = [(a, b, c, d) for a, b in pairwise(xs) for c, d in pairwise(ys)]
     return [r for r in cells if inside(points, np.array([[(r[0] + r[1]) / 2, (r[2] + r[3]) / 2]]))[0]]
 
 
@@ -94,7 +95,7 @@ def wall_thing(wall: Wall, height: float, material: int, reveal: int) -> Thing:
     """The wall's inner face with holes, the reveals around them."""
     thing, half = Thing.of("wall"), wall.length / 2
     edges = sorted({-half, half, *(x for o in wall.openings for x in (o.x0, o.x1))})
-    for x0, x1 in zip(edges[:-1], edges[1:], strict=True):
+    for x0, x1 in pairwise(edges):
         here = [o for o in wall.openings if o.x0 <= (x0 + x1) / 2 <= o.x1]
         spans = [(0, here[0].z0), (here[0].z1, height)] if here else [(0, height)]
         for z0, z1 in spans:
@@ -405,5 +406,6 @@ def column(m: Materials, height: float) -> Thing:
         box(-r - 0.03, r + 0.03, 0, 2 * r + 0.06, 0, 0.12, bevel=0.01),
     )
     top = hexa([(-r, 0.03, z - 0.12), (r, 0.03, z - 0.12), (r, 0.03 + 2 * r, z - 0.12), (-r, 0.03 + 2 * r, z - 0.12)],
-               [(-r - 0.04, 0, z), (r + 0.04, 0, z), (r + 0.04, 2 * r + 0.06, z), (-r - 0.04, 2 * r + 0.06, z)])  # fmt: skip
+               [(-r - 0.04, 0, z), (r + 0.04, 0, z), (r + 0.04, 2 * r + 0.06, z),
+               (-r - 0.04, 2 * r + 0.06, z)])  # fmt: skip
     return thing.add(skin, top)

@@ -1,7 +1,8 @@
 """The labelled volume of a `Scene`, placed and ordered as the SSCNet files have it.
 
-240 x 144 x 240 voxels of 0.02 m. World X runs to the right, Y forward, Z up. The volume starts 0.05 m below the floor; its
-X range is centred on what the camera looks at, and its Y range begins up to 0.9 m before the camera, as in the NYU files.
+240 x 144 x 240 voxels of 0.02 m. World X runs to the right, Y forward, Z up. The volume starts 0.05 m below the floor;
+its X range is centred on what the camera looks at, and its Y range begins up to 0.9 m before the camera, as in the NYU
+files.
 
 Furniture is solid: each closed part is filled, and every surface marks the voxel it passes through, hidden or not.
 Walls, floor and ceiling are two to three voxels thick, outwards. What is outside the room is 255 (unknown).
@@ -109,7 +110,8 @@ def _fill(vertices, faces, first, last, label, grid, crossings, counts):
 def origin_of(scene: Scene) -> np.ndarray:
     """The corner of the volume in the world."""
     camera = scene.camera
-    assert camera is not None and camera.pose is not None
+    assert camera is not None
+    assert camera.pose is not None
     forward = camera.pose[:2, 2] / np.linalg.norm(camera.pose[:2, 2])
     reach = SHAPE[0] * SIZE
     # About three metres ahead lies the middle of the scene; both rules give NYU0003's origin to a few centimetres.

@@ -40,9 +40,9 @@ def _leaves(m, thing, y, z, spread, count):
         path = np.stack([np.cos(a) * out * t**1.6, np.sin(a) * out * t**1.6, rise * (t - 0.45 * t**3)], 1)
         side = np.array([-np.sin(a), np.cos(a), 0]) * w
         width = (np.sin(np.pi * (0.08 + 0.9 * t)))[:, None]
-        grid = np.stack([path - side * width, path + [0, 0, 0.0], path + side * width], 1)
+        grid = np.stack([path - side * width, path, path + side * width], 1)
         grid[:, 1, 2] -= 0.2 * w * width[:, 0]
-        thing.add(leaf, sheet(grid + [0, y, z], 0.002))
+        thing.add(leaf, sheet(grid + np.array([0, y, z]), 0.002))
     return thing
 
 
@@ -195,7 +195,7 @@ def screen(m, width, label="otherprop"):
     """A flat screen on a foot."""
     h, z = width * 0.57, 0.06 if label == "television" else 0.12
     on = (
-        m.screen() if m.rng.random() < 0.4 else m.add(PLAIN, (0.03, 0.03, 0.035), specular=0.5, shine=100, reflect=0.12)
+        m.screen() if m.rng.random() < 0.4 else m.add(PLAIN, (0.03, 0.03, 0.035), specular=0.5, shine=100, reflect=0.09)
     )
     thing = Thing.of(label).add(m.dark, box(-width / 2, width / 2, 0, 0.04, z, z + h, bevel=0.005))
     e = 0.015
@@ -273,8 +273,10 @@ def toy(m):
         return thing.add(m.fabric(plain=0.2), ellipsoid(0, r, r, r, r, r, n=20, rings=13))
     if roll < 0.7:
         fur, s = m.add(WEAVE, m.colour((0.2, 0.5), (0.3, 0.8)), scale=0.6), m.uniform(0.8, 1.4)
-        for x, y, z, a, b, c in ((0, 0.1, 0.1, 0.08, 0.07, 0.1), (0, 0.11, 0.235, 0.065, 0.06, 0.06), (-0.05, 0.1, 0.29, 0.025, 0.015, 0.025), (0.05, 0.1, 0.29, 0.025, 0.015, 0.025),
-                                 (-0.08, 0.15, 0.13, 0.03, 0.06, 0.03), (0.08, 0.15, 0.13, 0.03, 0.06, 0.03), (-0.055, 0.19, 0.04, 0.036, 0.075, 0.036), (0.055, 0.19, 0.04, 0.036, 0.075, 0.036),
+        for x, y, z, a, b, c in ((0, 0.1, 0.1, 0.08, 0.07, 0.1), (0, 0.11, 0.235, 0.065, 0.06, 0.06),
+        (-0.05, 0.1, 0.29, 0.025, 0.015, 0.025), (0.05, 0.1, 0.29, 0.025, 0.015, 0.025),
+                                 (-0.08, 0.15, 0.13, 0.03, 0.06, 0.03), (0.08, 0.15, 0.13, 0.03, 0.06, 0.03),
+                                 (-0.055, 0.19, 0.04, 0.036, 0.075, 0.036), (0.055, 0.19, 0.04, 0.036, 0.075, 0.036),
                                  (0, 0.165, 0.22, 0.028, 0.025, 0.022)):  # fmt: skip
             thing.add(fur, ellipsoid(x * s, y * s, z * s, a * s, b * s, c * s, n=12, rings=8))
         return thing

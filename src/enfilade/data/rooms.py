@@ -2,11 +2,11 @@
 
 `room(seed)` gives RGB, labels (NYU-40), depth, instances, normals, the camera with its pose and, if asked, the
 completed volume (SSC-12). `Rooms` is a data set of them. The work is done next door: `room_layout` furnishes with the
-makers of `room_furniture`, `room_fixtures`, `room_objects` and `room_shell`; `room_scene` puts the camera, `room_render`
-makes the picture, `room_voxels` the volume.
+makers of `room_furniture`, `room_seats`, `room_fixtures`, `room_objects`, `room_wares` and `room_shell`; `room_scene`
+puts the camera, `room_render` makes the picture, `room_voxels` the volume.
 
-World frame: Z up, the floor at z = 0, the origin on the floor right below the camera, the walls along X and Y, the camera
-looking within 45 degrees of +Y. This is the frame of the SSCNet files.
+World frame: Z up, the floor at z = 0, the origin on the floor right below the camera, the walls along X and Y, the
+camera looking within 45 degrees of +Y. This is the frame of the SSCNet files.
 """
 
 import numpy as np
