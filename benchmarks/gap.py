@@ -21,8 +21,7 @@ from pathlib import Path
 SIZES = ((60, 80), (120, 160), (240, 320))
 FORMS = ("dot", "softmax", "n x n")
 CHANNELS = 32
-# n x n matrices alive at once: W and its transpose for the product; gradients of both, and of the row sums, beside
-MATRICES = {"forward": 2, "backward": 4}
+MATRICES = {"forward": 1, "backward": 2}  # n x n matrices alive at once: W; and its gradient
 
 
 def hardware() -> str:

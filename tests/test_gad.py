@@ -157,6 +157,17 @@ def test_gap_adds_the_propagated_feature_to_its_input(affinity):
     torch.testing.assert_close(block(p, embedding), p)
 
 
+def test_gap_is_equation_5():
+    """Which projection takes which map: η and φ the depth embedding, at i and at j; δ the label feature."""
+    torch.manual_seed(0)
+    block = GeometryAwarePropagation(8, inner=4).eval()
+    p, embedding = torch.randn(2, 2, 8, 6, 5).unbind(0)
+    eta, phi, delta = (F.softplus(block.eta(embedding)), F.softplus(block.phi(embedding)), block.delta(p))
+    w = torch.einsum("bmyx,bmvu->byxvu", eta, phi)
+    q = torch.einsum("byxvu,bdvu->bdyx", w, delta) / w.sum((3, 4))[:, None]
+    torch.testing.assert_close(block(p, embedding), block.out(q) + p, atol=1e-5, rtol=1e-4)
+
+
 # Up-projection
 
 

@@ -3,11 +3,11 @@
 This file is also the program that the subprocess tests start: `python test_train.py FOLDER OPTIONS...`.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,6 +26,7 @@ from enfilade import train as training
 from enfilade.camera import Camera
 from enfilade.data.epochs import Augmented, Order, class_weights, supervised
 from enfilade.errors import UserError
+from enfilade.labels import SPACES
 from enfilade.stages import Recipe, Stage
 from enfilade.types import IGNORE, Output, Sample, collate
 
@@ -46,7 +48,7 @@ class Boards:
         h, w = self.size
         labels = np.kron(rng.integers(0, CLASSES, (3, 4)), np.ones((h // 3, w // 4))).astype(np.uint8)
         palette = np.random.default_rng(1).random((CLASSES, 3)).astype(np.float32)
-        image = palette[labels] + rng.normal(0, 0.03, (h, w, 3)).astype(np.float32)
+        image = np.clip(palette[labels] + rng.normal(0, 0.03, (h, w, 3)), 0, 1).astype(np.float32)
         depth = (1.0 + 0.5 * labels).astype(np.float32)
         labels[:2] = IGNORE
         depth[-2:] = 0
@@ -113,7 +115,11 @@ def program(folder: str, world: str, save: str, pause: str) -> None:
             time.sleep(float(pause))
             return super().__getitem__(index)
 
-    save_every = {"update": 1, "third": 3, "epoch": 0}[save]
+    if save == "plain":
+        checkpoint.MODELS["plain"] = "test_train:Plain"
+        run(plain_recipe(batch=2, accumulate=2), Boards(16), folder)
+        return
+    save_every = {"update": 1, "epoch": 0}[save]
     recipe = killed_recipe(int(world))
     training.train(recipe, Slow(12), out=folder, save_every=save_every, workers=1, log_every=1, quiet=True)
 
@@ -126,7 +132,7 @@ def start(folder, world: int, save: str, pause: float) -> subprocess.Popen:
     command = [sys.executable, *(launcher if world == 2 else []), *job]
     folder.mkdir(exist_ok=True)
     with open(folder / "stderr.txt", "ab") as errors:
-        return subprocess.Popen(command, env=env, stderr=errors, stdout=errors, start_new_session=True)
+        return subprocess.Popen(command, env=env, stderr=errors, stdout=errors)
 
 
 def free_port() -> int:
@@ -147,14 +153,21 @@ def updates(folder) -> int:
 
 
 def kill_after(process: subprocess.Popen, folder, count: int) -> None:
-    """SIGKILL the whole process group once `count` updates are logged."""
+    """SIGKILL the run and all its children once `count` updates are logged. torchrun starts its workers in sessions of
+    their own, so that a signal to the process group would leave them training."""
     until = time.monotonic() + 200
     while updates(folder) < count:
         assert process.poll() is None, (folder / "stderr.txt").read_text()[-3000:]
         assert time.monotonic() < until, "the run did not come far enough to be killed"
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
+    parent = psutil.Process(process.pid)
+    family = [parent, *parent.children(recursive=True)]  # the launcher first, so that it can tidy nothing up
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
     process.wait()
+    psutil.wait_procs(family[1:], timeout=30)
+    assert not any(m.is_running() and m.status() != psutil.STATUS_ZOMBIE for m in family[1:])
 
 
 def kill_and_compare(whole, broken, world: int, save: str) -> None:
@@ -169,6 +182,7 @@ def kill_and_compare(whole, broken, world: int, save: str) -> None:
         assert (broken / "last.safetensors").is_file()
     finish(start(broken, world, save, 0), broken)
     assert updates(broken) == updates(whole) == 21
+    assert not list(broken.glob(".*"))  # what a killed process left half-written is gone
     assert_same(weights_of(whole), weights_of(broken))
     assert_same(weights_of(whole, "last"), weights_of(broken, "last"))
 
@@ -273,10 +287,61 @@ def test_a_fresh_start_that_breaks_leaves_no_state_of_the_old_recipe(tmp_path):
     assert_same(weights_of(tmp_path), weights_of(tmp_path / "fresh"))
 
 
+def test_half_written_files_of_a_killed_run_are_removed(tmp_path):
+    (tmp_path / ".last.safetensors.123.tmp").write_bytes(b"half")
+    run(tiny(stage(epochs=1)), Boards(2), tmp_path)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_an_unwritable_folder_is_told(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match="cannot write to"):
         run(tiny(stage(epochs=1)), Boards(2), tmp_path / "file" / "run")
+
+
+# Validation
+
+
+class Scored(Boards):
+    """Boards as a whole reader, for `enfilade.evaluate`."""
+
+    name, space, ignored, score_crop = "boards/val", SPACES["nyu40"], (39,), None
+
+    @property
+    def names(self):
+        return tuple(map(str, range(len(self))))
+
+
+def test_validation_changes_nothing_and_keeps_the_best(tmp_path):
+    one = stage(epochs=4, ema=0.9, evaluate_every=2, lr=1e-2)
+    recipe = tiny(one, arguments={"classes": 40})
+    run(recipe, Boards(6), tmp_path / "blind")
+    result = run(recipe, Scored(6), tmp_path / "seeing", val_data=Scored(2))
+    for name in ("final", "last"):
+        assert_same(weights_of(tmp_path / "blind", name), weights_of(tmp_path / "seeing", name))
+    records = [json.loads(line) for line in (tmp_path / "seeing" / "log.jsonl").read_text().splitlines()]
+    scores = [r["val"] for r in records if "val" in r]
+    assert [r["epoch"] for r in records if "val" in r] == [2, 4]
+    assert result["best_miou"] == max(s["miou"] for s in scores)
+    assert result["miou"] == scores[-1]["miou"]
+    assert result["rmse"] > 0
+    best = checkpoint.load(tmp_path / "seeing" / "best.safetensors")
+    assert best.meta["scores"]["miou"] == result["best_miou"]
+    assert best.meta["ignored"] == [39]
+    assert best.meta["space"] == "nyu40"
+
+
+def test_resume_remembers_the_best_score(tmp_path, monkeypatch):
+    """The best score comes early; a resumed run must not overwrite it with a later, worse one."""
+    falling = iter([0.5, 0.4, 0.3, 0.2])
+    monkeypatch.setattr(training, "validate", lambda *_: {"miou": next(falling)})
+    recipe = tiny(stage(epochs=4, evaluate_every=1))
+    run(recipe, Boards(4), tmp_path, val_data=Scored(1), stop_after=4)  # two epochs
+    kept = (tmp_path / "best.safetensors").read_bytes()
+    result = run(recipe, Boards(4), tmp_path, val_data=Scored(1))
+    assert result["best_miou"] == 0.5
+    assert result["miou"] == 0.2
+    assert (tmp_path / "best.safetensors").read_bytes() == kept
 
 
 # What is not finite
@@ -442,6 +507,21 @@ def test_moving_average_by_hand():
     assert young.state["0.weight"].item() == pytest.approx(0.1 * 8 + 0.9 * 18, rel=1e-6)
 
 
+def test_a_stage_hands_over_its_average(tmp_path):
+    """One update, the first: the average is a tenth of the start and nine tenths of the step."""
+    recipe = tiny(stage(epochs=1))
+    torch.manual_seed(recipe.seed)
+    start = checkpoint.build("gad", recipe.arguments).state_dict()
+    run(recipe, Boards(2), tmp_path / "raw")
+    run(recipe.with_stages(ema=0.99), Boards(2), tmp_path / "average")
+    raw, average = weights_of(tmp_path / "raw"), weights_of(tmp_path / "average")
+    for k, v in start.items():
+        if v.is_floating_point():
+            torch.testing.assert_close(average[k], 0.1 * v + 0.9 * raw[k])
+    state = weights_of(tmp_path / "average", "last")
+    assert_same(average, {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+
+
 def test_swapped_gives_the_weights_back():
     network = checkpoint.build("gad", tiny().arguments)
     average = training.MovingAverage(network, 0.9)
@@ -470,18 +550,34 @@ class Plain(nn.Module):
         return Output(logits=self.conv(image))
 
 
+def plain_recipe(batch: int, accumulate: int) -> Recipe:
+    fixed = {"losses": {"cross_entropy": 1.0}, "size": (48, 64), "zoom": (1.0, 1.0), "optimiser": "sgd", "lr": 0.1}
+    one = stage(epochs=2, batch=batch, accumulate=accumulate, **fixed)
+    return Recipe("plain", "plain", {}, (one,), scale=1.0, focal=None, precision="no")
+
+
+def assert_close(a, b):
+    assert a.keys() == b.keys()
+    for k in a:  # fp32 sums in another order
+        torch.testing.assert_close(a[k], b[k], rtol=1e-4, atol=1e-6)
+
+
 def test_accumulation_equals_a_larger_batch(tmp_path, monkeypatch):
     monkeypatch.setitem(checkpoint.MODELS, "plain", f"{__name__}:Plain")
-    fixed = {"losses": {"cross_entropy": 1.0}, "size": (48, 64), "zoom": (1.0, 1.0), "optimiser": "sgd", "lr": 0.1}
+    run(plain_recipe(4, 1), Boards(8), tmp_path / "large")
+    run(plain_recipe(2, 2), Boards(8), tmp_path / "small")
+    run(plain_recipe(2, 1), Boards(8), tmp_path / "other")
+    large, small, other = (weights_of(tmp_path / n) for n in ("large", "small", "other"))
+    assert_close(large, small)
+    assert not torch.allclose(large["conv.weight"], other["conv.weight"], rtol=1e-3)
 
-    def trained(folder, batch, accumulate):
-        one = stage(epochs=2, batch=batch, accumulate=accumulate, **fixed)
-        run(Recipe("plain", "plain", {}, (one,), scale=1.0, focal=None, precision="no"), Boards(8), tmp_path / folder)
-        return weights_of(tmp_path / folder)
 
-    large, small = trained("large", 4, 1), trained("small", 2, 2)
-    for k in large:  # fp32 sums in another order
-        torch.testing.assert_close(large[k], small[k], rtol=1e-4, atol=1e-6)
+@pytest.mark.slow
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path, monkeypatch):
+    monkeypatch.setitem(checkpoint.MODELS, "plain", f"{__name__}:Plain")
+    finish(start(tmp_path / "two", 2, "plain", 0), tmp_path / "two")
+    run(plain_recipe(4, 2), Boards(16), tmp_path / "one")
+    assert_close(weights_of(tmp_path / "one"), weights_of(tmp_path / "two"))
 
 
 # What a step sees

@@ -100,6 +100,17 @@ def test_canonical_depth_follows_the_focal_length(case):
     np.testing.assert_allclose(a[..., :2], b[..., :2], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+@pytest.mark.parametrize(("scale", "size"), [(1.0, (40, 50)), (0.5, (31, 47)), (1.7, (90, 131)), (0.37, (100, 120))])
+def test_the_middle_stays_the_middle(scale, size, flip):
+    """A centre crop of an image whose principal point is its centre has its principal point in its centre."""
+    middle = Camera(80.0, 80.0, (W - 1) / 2, (H - 1) / 2, W, H)
+    augment = Augment(size, scale=scale, flip=flip, colour=0.0, crop="centre")
+    out = augment(scene().replace(camera=middle), np.random.default_rng(0))
+    assert out.camera.cx == pytest.approx((size[1] - 1) / 2)
+    assert out.camera.cy == pytest.approx((size[0] - 1) / 2)
+
+
 def test_zoom_divides_depth_without_a_camera():
     sample = scene().replace(camera=None)
     augment = Augment((H, W), **PLAIN, focal=500.0, zoom=(2.0, 2.0), crop="centre")

@@ -35,9 +35,10 @@ def demo(
     photo = None if image is None else images.read(image)
     predictor = load(model)
 
+    say(f"rendering room {seed} (the first time, the renderer is compiled: a quarter of a minute)")
     begun = time.perf_counter()
     sample = room(seed, width=size[0], height=size[1])
-    say(f"rendered room {seed} at {size[0]}x{size[1]} in {time.perf_counter() - begun:.1f} s")
+    say(f"rendered at {size[0]}x{size[1]} in {time.perf_counter() - begun:.1f} s")
 
     begun = time.perf_counter()
     prediction = predictor.predict(images.Image(sample.image, None, "room"), camera=sample.camera)

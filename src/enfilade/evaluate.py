@@ -59,11 +59,13 @@ def score(
     count = len(reader) if limit is None else min(limit, len(reader))
     if count == 0:
         raise UserError(f"nothing to score: {reader.name} has no samples in this split")
+    needs = getattr(getattr(predictor, "network", None), "uses", ())
     seen_labels = seen_depth = False
     begun = time.perf_counter()
     for i in progress(range(count), "scoring", quiet):
         sample = reader[i]
-        prediction = predictor.predict(sample.image, camera=sample.camera)
+        more = {"hha": sample.hha} if "hha" in needs else {}
+        prediction = predictor.predict(sample.image, camera=sample.camera, **more)
         if sample.labels is not None and prediction.labels is not None:
             seen_labels = True
             answer = prediction.labels if lut is None else lut[prediction.labels]

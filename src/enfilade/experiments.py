@@ -100,8 +100,8 @@ def reproduce(
         raise unknown(f"row of {table}", name, [r.recipe for r in chosen.rows])
     out = Path(out)
     results: list[dict[str, Any]] = []
+    text = ""
     left_out: list[str] = []
-    recipe = train_data = None
     for row in wanted:
         recipe = recipes.get(row.recipe, encoder_weights).replace(seed=seed)
         if epochs is not None:

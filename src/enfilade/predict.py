@@ -74,11 +74,20 @@ class Predictor:
     def __call__(self, source: images.Source, *, camera: Camera | None = None, fov: float | None = None) -> Prediction:
         return self.predict(source, camera=camera, fov=fov)
 
-    def predict(self, source: images.Source, *, camera: Camera | None = None, fov: float | None = None) -> Prediction:
+    def predict(
+        self,
+        source: images.Source,
+        *,
+        camera: Camera | None = None,
+        fov: float | None = None,
+        hha: Float32[np.ndarray, "h w 3"] | None = None,
+    ) -> Prediction:
         """Predict on one image: anything `images.read` takes. The camera is `camera` (of this image, upright; one of
         another size but the same shape is resized), or has the horizontal field of view `fov` in degrees, or comes
-        from EXIF, or is assumed. Raises UserError for an image that cannot be read or a camera that does not fit."""
-        return self.batch([source], camera=camera, fov=fov)[0]
+        from EXIF, or is assumed. A network trained with HHA input also takes `hha`, of the image's shape, in [0, 1]
+        (`ops.hha.hha(depth, camera) / 255`). Raises UserError for an image that cannot be read or a camera that does
+        not fit."""
+        return self.batch([source], camera=camera, fov=fov, hha=None if hha is None else [hha])[0]
 
     def batch(
         self,
@@ -86,6 +95,7 @@ class Predictor:
         *,
         camera: Camera | None = None,
         fov: float | None = None,
+        hha: Sequence[Float32[np.ndarray, "_ _ 3"]] | None = None,
         batch_size: int = 8,
     ) -> list[Prediction]:
         """Predict on several images of any sizes, in order; neighbours of one shape go through the network together,
@@ -93,6 +103,10 @@ class Predictor:
         read = [images.read(source) for source in sources]
         placed = [self._camera(image, camera, fov) for image in read]
         inputs = [self.prepare(image.rgb) for image in read]
+        if "hha" in getattr(self.network, "uses", ()):
+            if hha is None:
+                raise UserError("this model takes HHA beside RGB: give hha, made from depth by enfilade.ops.hha")
+            inputs = [np.concatenate([rgb, self.prepare(maps)]) for rgb, maps in zip(inputs, hha)]
         predictions = []
         while len(predictions) < len(inputs):
             first = len(predictions)
@@ -145,15 +159,16 @@ class Predictor:
         return np.ascontiguousarray(cv2.resize(rgb, (width, height), interpolation=how).transpose(2, 0, 1))
 
     @torch.inference_mode()
-    def infer(self, image: Float[Tensor, "b 3 h w"]) -> Output:
+    def infer(self, image: Float[Tensor, "b c h w"]) -> Output:
         """Class probabilities (in `logits`) and canonical depth, at the network's own resolution, averaged over the
-        image and its mirror image where `flip` is on."""
+        image and its mirror image where `flip` is on. `image` is RGB, followed by HHA for a network that takes it."""
         image = image.to(self.device)
         if self.flip:
             image = torch.cat([image, image.flip(-1)])
         bf16 = self.precision == "bf16" or (self.precision == "auto" and self.device.type == "cuda")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            output = self.network(image.contiguous(memory_format=torch.channels_last))
+            rgb, more = image[:, :3].contiguous(memory_format=torch.channels_last), image[:, 3:]
+            output = self.network(rgb, hha=more) if more.shape[1] else self.network(rgb)
         probabilities, depth = output.logits, output.depth
         if probabilities is not None:
             if probabilities.shape[1] != len(self.space.names):

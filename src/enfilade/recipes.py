@@ -52,7 +52,7 @@ ABLATION: dict[str, dict] = {
 
 def gad_ablation(row: str, weights: str | None = None) -> Recipe:
     """A row of GAD Table 4 with a MobileNetV2 encoder and decoders of 96-64-64 channels (to a quarter of the image), at
-    a budget that two cores can pay: 4 epochs of 256x192 crops, AdamW with one cycle. All rows share seed, order,
+    a budget that two cores can pay: 3 epochs of 256x192 crops, AdamW with one cycle. All rows share seed, order,
     augmentation and budget. `sem-only` has cross-entropy, the others L_s (focal)."""
     arguments = ABLATION[row]
     semantic = "cross_entropy" if row == "sem-only" else "focal"
@@ -63,7 +63,7 @@ def gad_ablation(row: str, weights: str | None = None) -> Recipe:
         losses["side_focal"] = 1.0
     stage = Stage(
         name="joint",
-        epochs=4,
+        epochs=3,
         losses=losses,
         size=(192, 256),
         zoom=(1.0, 1.4),
@@ -121,8 +121,8 @@ def gad_nyuv2(weights: str | None = None) -> Recipe:
     )
     full = Stage(
         name="full",
-        epochs=14,
-        losses=losses,
+        epochs=10,
+        losses=losses | {"depth_berhu": 1.0},
         size=(320, 416),
         zoom=(0.75, 1.5),
         lr=5e-4,
@@ -131,7 +131,7 @@ def gad_nyuv2(weights: str | None = None) -> Recipe:
         warmup=0.04,
         clip=small.clip,
         ema=0.998,
-        evaluate_every=7,
+        evaluate_every=5,
     )
     return Recipe(
         name="gad-nyuv2",

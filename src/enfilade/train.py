@@ -372,6 +372,9 @@ def claim(out: Path, recipe: Recipe, resume: bool, main: bool) -> None:
     """Take the run folder for this recipe, or say why not."""
     path = out / "recipe.json"
     text = json.dumps(asdict(recipe), indent=1)
+    if main:
+        for stale in out.glob(".*.safetensors.*.tmp"):  # half-written by a run that was killed
+            stale.unlink(missing_ok=True)
     if path.is_file() and resume and (out / "last.safetensors").is_file():
         if json.loads(path.read_text()) != json.loads(text):
             raise UserError(f"{out} holds a run of another recipe (see {path}): choose another folder, or resume=False")

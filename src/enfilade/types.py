@@ -11,6 +11,7 @@ Units and conventions, everywhere in the library:
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,8 +84,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples of one size. A field must be present in all samples or is None for all; depth alone may be
     missing from some, which then hold 0 everywhere (no supervision)."""
 
-    def stack(field, dtype, missing=None):
-        values = [getattr(s, field) for s in samples]
+    def stack(field, dtype, missing=None) -> Any:
+        values: list[Any] = [getattr(s, field) for s in samples]
         if all(v is None for v in values) or (missing is None and any(v is None for v in values)):
             return None
         values = [missing(s) if v is None and missing else v for v, s in zip(values, samples)]

@@ -90,7 +90,7 @@ class Materials:
         return hsv(hue, self.uniform(0.02, 0.38) if warm else self.uniform(0.03, 0.28), self.uniform(*value))
 
     def wood_colours(self):
-        hue, saturation = self.uniform(0.045, 0.1), self.uniform(0.3, 0.75)
+        hue, saturation = self.uniform(0.05, 0.1), self.uniform(0.25, 0.65)
         value = self.uniform(0.18, 0.82)
         if self.rng.random() < 0.12:
             saturation, value = 0.06, self.uniform(0.8, 0.95)  # painted white

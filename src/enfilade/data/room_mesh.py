@@ -6,6 +6,7 @@ and carries texture coordinates: its own metres with its longest axis first, so 
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -78,8 +79,10 @@ def box(x0, x1, y0, y1, z0, z1, bevel=0.0) -> Solid:
     return Solid(np.array(vertices, float), _ring_faces(8, 4))
 
 
+@cache
 def _ring_faces(n, rings, closed=False) -> np.ndarray:
-    """Faces of stacked rings of n vertices, with fans on both ends, or joined end to end."""
+    """Faces of stacked rings of n vertices, with fans on both ends, or joined end to end. The result is
+    shared: do not write to it."""
     i = np.arange(n)
     j = (i + 1) % n
     faces = []

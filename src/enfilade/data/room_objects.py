@@ -203,7 +203,7 @@ def clothes(m):
     thing = Thing.of("clothes")
     for k in range(int(m.rng.integers(2, 5))):
         cloth = m.fabric((0.1, 0.9), 0.7)
-        solid = ellipsoid(0, 0, 0, m.uniform(0.15, 0.3), m.uniform(0.13, 0.22), m.uniform(0.05, 0.09), n=26, rings=13)
+        solid = ellipsoid(0, 0, 0, m.uniform(0.15, 0.3), m.uniform(0.13, 0.22), m.uniform(0.05, 0.09), n=40, rings=21)
         v = solid.vertices
         phase = m.rng.uniform(0, 6, 6)
         wobble = np.sin(v[:, 0] * 23 + phase[0]) * np.cos(v[:, 1] * 27 + phase[1]) + 0.6 * np.sin(

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from enfilade.data import room_light as loops
-from enfilade.data.room_materials import COLUMNS, EMIT, KIND, REFLECT
+from enfilade.data.room_materials import EMIT, REFLECT
 from enfilade.data.room_scene import Scene, in_threads, split
 
 
@@ -255,7 +255,7 @@ def develop(radiance: np.ndarray, glowing: np.ndarray, rng: np.random.Generator)
     luminance = radiance @ np.array([0.2126, 0.7152, 0.0722], np.float32)
     metered = luminance[~glowing] if (~glowing).any() else luminance
     key = np.exp(np.log(metered + 1e-4).mean())
-    middle = float(rng.uniform(0.15, 0.31))
+    middle = float(rng.uniform(0.09, 0.28))
     # A camera's own balance leaves part of the light's colour.
     mean = radiance[~glowing].mean(0) + 1e-6 if (~glowing).any() else np.ones(3, np.float32)
     balance = (mean.mean() / mean) ** float(rng.uniform(0.3, 0.8)) * np.exp(rng.normal(0, 0.035, 3))
@@ -283,6 +283,3 @@ def develop(radiance: np.ndarray, glowing: np.ndarray, rng: np.random.Generator)
         * (0.6 + 0.8 * np.sqrt(np.maximum(1 - image, 0)))
     )
     return np.clip(image + noise, 0, 1).astype(np.float32)
-
-
-__all__ = ["COLUMNS", "KIND", "Frame", "develop", "render"]

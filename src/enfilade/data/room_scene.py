@@ -237,13 +237,11 @@ def choose_camera(scene: Scene, boxes, rng: np.random.Generator) -> tuple[np.nda
         )
         furniture = ~np.isin(labels, (0, 1, 7, 8, 10, 21))
         score += 6 * min(furniture.mean(), 0.6)
-        score -= 25 * max(share[solid].max(initial=0) - 0.27, 0) + 10 * max(
-            np.isin(labels, (0, 1, 21)).mean() - 0.55, 0
-        )
+        score -= 25 * max(share[solid].max(initial=0) - 0.27, 0) + 10 * max(np.isin(labels, (0, 1, 21)).mean() - 0.4, 0)
         tries += 1
         if score > best_score:
             best, best_score = (pose, yaw), score
-        if tries >= 24:
+        if tries >= 32:
             break
     if best is None:
         middle = scene.plan.mean(0)
