@@ -17,5 +17,3 @@ autodoc_typehints = "none"  # shapes stand in the docstrings; jaxtyping's string
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 nitpicky = False
-mathjax_path = ""  # offline: equations show as their source
-suppress_warnings = ["myst.xref_missing"]
