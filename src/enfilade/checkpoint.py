@@ -5,6 +5,7 @@ No pickle is ever read. Every write goes to a temporary name and is renamed.
 
 import contextlib
 import importlib
+import inspect
 import json
 import os
 import struct
@@ -42,7 +43,10 @@ def build(model: str, arguments: dict[str, Any]) -> nn.Module:
     if model not in MODELS:
         raise unknown("model", model, MODELS)
     module, name = MODELS[model].split(":")
-    return getattr(importlib.import_module(module), name)(**arguments)
+    constructor = getattr(importlib.import_module(module), name)
+    if strange := arguments.keys() - inspect.signature(constructor).parameters.keys():
+        raise unknown(f"argument of {model}", sorted(strange)[0], inspect.signature(constructor).parameters)
+    return constructor(**arguments)
 
 
 def write(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:

@@ -92,7 +92,7 @@ def depth_scale_invariant(
 
 
 def depth_gradient(depth: Float[Tensor, "b h w"], target: Float[Tensor, "b _ _"]) -> Float[Tensor, ""]:
-    """Mean |∇ log d - ∇ log D*| over neighbouring pixels that both have depth, at strides 1, 2 and 4: edges of depth
+    """Mean `|∇ log d - ∇ log D*|` over neighbouring pixels that both have depth, at strides 1, 2 and 4: edges of depth
     where the truth has them (the multi-scale gradient matching of Li & Snavely 2018, Section 4)."""
     target = nearest(target, depth.shape[-2:])
     valid = target > 0

@@ -339,13 +339,13 @@ class DepthScore:
     (metres) and D = ln d - ln d*, over the T valid pixels:
 
     * `delta1`, `delta2`, `delta3`: share with max(d / d*, d* / d) < 1.25, 1.25^2, 1.25^3 (higher is better)
-    * `abs_rel` = mean |d - d*| / d* ; `sq_rel` = mean (d - d*)^2 / d*
+    * `abs_rel` = `mean |d - d*| / d*`; `sq_rel` = `mean (d - d*)^2 / d*`
     * `rmse` = sqrt(mean (d - d*)^2), metres ; `rmse_log` = sqrt(mean D^2), natural logarithm
     * `log_si` = mean(D^2) - mean(D)^2, the variance of D within an image, and `rmse_log_si`, its square root: the
       RMSE of the logarithm once the image's mean log depth is made equal to the truth's (item 6 of their list, and
       Eigen et al.'s "scale-invariant" column). Their Eq. (4) is twice `log_si`; Eigen et al. 2014 Eq. (1) is half.
       Table 2's .061 for a `rmse_log` of .314 is in the range of `log_si`, not of its root, so compare with both.
-    * `log10` = mean |log10 d - log10 d*|
+    * `log10` = `mean |log10 d - log10 d*|`
 
     Valid: 0 < d* <= `cap`. Predictions are clipped to [`minimum`, `cap`] first. `crop` names an entry of `CROPS`.
 

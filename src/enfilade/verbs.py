@@ -349,6 +349,20 @@ class DataPrepare:
 
 
 @dataclass(frozen=True)
+class DataHHA:
+    """Make the HHA image of every frame of an NYUv2 folder from its depth, for recipes that take HHA."""
+
+    root: Folder
+    """Folder of the data; its hha/ is filled where a frame has none."""
+
+    def run(self) -> int:
+        from enfilade.data.prepare import prepare_hha
+
+        print(f"wrote {prepare_hha(self.root)} HHA images to {self.root}/hha")
+        return 0
+
+
+@dataclass(frozen=True)
 class DataCheck:
     """Read every sample of a data set once; say what is in it and name what is broken."""
 
@@ -451,6 +465,7 @@ VERBS: dict[str, type[Verb]] = {
     "evaluate": Evaluate,
     "reproduce": Reproduce,
     "data prepare": DataPrepare,
+    "data hha": DataHHA,
     "data check": DataCheck,
     "data show": DataShow,
     "demo": Demo,

@@ -310,7 +310,7 @@ def contact_sheet(
 def error_map(
     predicted: Float[np.ndarray, "h w"], truth: Float[np.ndarray, "h w"], worst: float = 1.0
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """|predicted - truth| in metres: white where exact, through orange to dark red at `worst` and beyond; dark grey
+    """`|predicted - truth|` in metres: white where exact, through orange to dark red at `worst` and beyond; dark grey
     where either is unknown."""
     known = _known(predicted) & _known(truth)
     error = np.where(known, np.abs(predicted - truth), 0) / worst

@@ -1,6 +1,6 @@
 """Your own RGB-D frames: a folder of images, with whatever there is of depth, labels, poses and intrinsics.
 
-Two layouts are recognised.
+Two layouts are recognised::
 
     7-Scenes                          folders
     frame-000000.color.jpg (png)      rgb/ (or color/, colour/, image/, images/)   jpg, png, bmp, webp

@@ -98,11 +98,12 @@ class Decoder(nn.Module):
 class GeometryAwarePropagation(nn.Module):
     """GAP, Eq. (3)-(5): every position gathers label features from positions of similar geometry.
 
-    `affinity`:
-      dot      Eq. (3) over all positions in O(n) time and memory. W_ij = η_i . φ_j is linear, so the sums over j are
-               taken once: q_i = η_i (Σ_j φ_j δ_jᵀ) / (η_i . Σ_j φ_j). η and φ pass a softplus: W stays positive.
-      softmax  the released code's form: weights softmax_j(η_i . φ_j), by attention without an n x n matrix.
-      window   Eq. (3) with N(i) a `window` x `window` neighbourhood.
+    Kinds of `affinity`:
+
+    * dot: Eq. (3) over all positions in O(n) time and memory. W_ij = η_i . φ_j is linear, so the sums over j are taken
+      once: q_i = η_i (Σ_j φ_j δ_jᵀ) / (η_i . Σ_j φ_j). η and φ pass a softplus: W stays positive.
+    * softmax: the released code's form, weights softmax_j(η_i . φ_j), by attention without an n x n matrix.
+    * window: Eq. (3) with N(i) a `window` x `window` neighbourhood.
     """
 
     def __init__(self, channels: int, inner: int = 32, affinity: Affinity = "dot", window: int = 9):
