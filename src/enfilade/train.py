@@ -10,6 +10,7 @@ One process, or many under `torchrun` or `accelerate launch`: each takes its sli
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -215,9 +216,8 @@ class Run:
         self.last = out / "last.safetensors"
         self.saved = checkpoint.read(self.last) if resume and self.last.is_file() else None
         torch.manual_seed(recipe.seed)
-        arguments = recipe.arguments | (
-            {"weights": None} if self.saved else {}
-        )  # the state holds the encoder's weights
+        # A saved state holds the encoder's weights, so that their file is no longer needed
+        arguments = recipe.arguments | ({"weights": None} if self.saved else {})
         self.network = checkpoint.build(recipe.model, arguments).to(memory_format=torch.channels_last)
         self.progress: dict[str, Any] = {"stage": 0, "step": 0, "update": 0, "best": -1.0, "scores": {}}
         if self.saved:
@@ -236,6 +236,17 @@ class Run:
         if self.main and not self.quiet:
             print(text, flush=True)
 
+    def bar(self, name: str, first: int, total: int) -> Iterator[int]:
+        """The steps from `first`, with a progress bar on a terminal (elsewhere the log lines must do)."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, disable=not self.main or self.quiet or not sys.stdout.isatty()) as progress:
+            task = progress.add_task(name, total=total, completed=first)
+            for step in range(first, total):
+                yield step
+                progress.advance(task)
+
     def stage(self, index: int, stop_after: int | None) -> bool:
         """Run a stage from where `progress` stands; True if `stop_after` ended it early."""
         stage = self.recipe.stages[index]
@@ -252,7 +263,7 @@ class Run:
         start = first * stage.accumulate
         loader = batches(self.train_data, self.recipe, index, start, self.rank, self.world, self.workers)
         self.owner = part_of(self.network)
-        for step in range(first, total):
+        for step in self.bar(stage.name, first, total):
             for group in self.optimiser.param_groups:
                 group["lr"] = group["peak"] * learning_rate(stage, step, total, per_epoch)
             losses, norms = self.update(stage, loader)
