@@ -361,7 +361,7 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         complete = self.progress["stage"] == len(self.recipe.stages)
-        if self.main and complete:
+        if self.main and complete and (self.updates or not (self.out / "final.safetensors").is_file()):
             for name in ["final.safetensors"] + ["best.safetensors"] * (self.val_data is None):
                 self.save_model(name, {"scores": self.progress["scores"], "stage": "final"})
         self.accelerator.wait_for_everyone()
