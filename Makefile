@@ -12,7 +12,7 @@ SHELL := bash
 PYTHON ?= python3
 IMAGE ?=
 OUT ?= demo
-SEED ?= 0
+SEED ?= 12
 
 ifdef VIRTUAL_ENV
 VENV := $(VIRTUAL_ENV)

@@ -16,7 +16,7 @@ def demo(
     image: str | Path | None = None,
     *,
     out: str | Path = "demo",
-    seed: int = 0,
+    seed: int = 12,
     model: str | Path = "gad-nyuv2",
     size: tuple[int, int] = (640, 480),
     say: Callable[[str], object] = print,

@@ -425,7 +425,7 @@ class Demo:
     """A photo of a room."""
     out: Folder = "demo"
     """Folder for the results."""
-    seed: Count = 0
+    seed: Count = 12
     """Another room for another seed."""
     model: Model = "gad-nyuv2"
     """A shipped model, a model file, or the folder of a training run."""
@@ -457,7 +457,7 @@ class Info:
         return 0
 
 
-Verb = Predict | Train | Evaluate | Reproduce | DataPrepare | DataCheck | DataShow | Demo | Info
+Verb = Predict | Train | Evaluate | Reproduce | DataPrepare | DataHHA | DataCheck | DataShow | Demo | Info
 
 VERBS: dict[str, type[Verb]] = {
     "predict": Predict,
