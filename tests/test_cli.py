@@ -504,10 +504,11 @@ def test_overrides_reach_every_place():
             *("stages.small.losses.focal=0.5", 'stages.1.losses={"focal": 1}', "stages.0.flip=0"),
         ],
     )
-    small, full = changed.stages
+    small, full, again = changed.stages
     assert (changed.seed, changed.precision, changed.focal, changed.scale) == (7, "no", None, 1.0)
     assert changed.arguments == recipe.arguments | {"fusion": "vanilla", "widths": (8, 8)}
-    assert (small.batch, full.batch, small.epochs, full.epochs) == (2, 2, 3, recipe.stages[1].epochs)
+    assert (small.batch, full.batch, again.batch) == (2, 2, 2)
+    assert (small.epochs, full.epochs) == (3, recipe.stages[1].epochs)
     assert (full.size, full.train) == ((96, 128), ("semantic", "spf"))
     assert small.losses == recipe.stages[0].losses | {"focal": 0.5}
     assert full.losses == {"focal": 1.0}
