@@ -13,7 +13,6 @@ from enfilade import recipes
 from enfilade.errors import UserError, unknown
 
 SCORES = ("pixel_accuracy", "mean_accuracy", "miou")
-HEADS = {"pixel_accuracy": "PixAcc", "mean_accuracy": "mAcc", "miou": "mIoU", "rmse": "RMSE m"}
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,7 @@ def reproduce(
     """
     from enfilade.data import open_dataset
     from enfilade.evaluate import score
+    from enfilade.images import write_atomic
     from enfilade.predict import load
     from enfilade.report import write_report
     from enfilade.train import train
@@ -128,7 +128,7 @@ def reproduce(
         ours = {k: report["segmentation"][k] for k in SCORES} | {"rmse": report.get("depth", {}).get("rmse")}
         results.append({"label": row.label, "recipe": row.recipe, "paper": row.paper, "ours": ours, "run": run})
         text = markdown(chosen, results, recipe, encoder_weights, len(train_data), report["protocol"], limit, left_out)
-        write_text(out / f"{table}.md", text)
+        write_atomic(out / f"{table}.md", text.encode())
         write_report({"table": table, "rows": results, "left_out": left_out}, out / f"{table}.json")
     if not results:
         raise UserError(f"no row of {table} could be run: " + "; ".join(left_out))
@@ -189,14 +189,3 @@ def markdown(table: Table, results, recipe, encoder_weights, count, protocol, li
     ]
     lines += [f"Left out: {text}" for text in left_out]
     return "\n".join(lines) + "\n"
-
-
-def write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def as_json(table: str) -> str:
-    """The paper's numbers of a table, for other programs."""
-    return json.dumps([{"label": r.label, "recipe": r.recipe, "paper": r.paper} for r in get(table).rows])

@@ -9,12 +9,11 @@ missing, labels 0..C-1 with 255 ignored, a `Camera` in pixels of that image. Aug
     sample = reader[0]
 """
 
-import difflib
 import importlib
 import os
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from enfilade.errors import UserError
+from enfilade.errors import UserError, unknown
 from enfilade.labels import LabelSpace
 
 if TYPE_CHECKING:
@@ -63,9 +62,7 @@ def open_dataset(name: str, root: str | os.PathLike | None = None, split: str = 
     Raises `UserError` for an unknown name, split or option value, FileNotFoundError for missing files.
     """
     if name not in READERS:
-        close = difflib.get_close_matches(name, READERS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(READERS)}"
-        raise UserError(f"no data set {name!r}: {hint}")
+        raise unknown("data set", name, READERS)
     target = READERS[name]
     if name == "rooms":
         if root is not None:
