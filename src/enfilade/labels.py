@@ -7,7 +7,6 @@ Inside the library labels are 0..C-1 and 255 is ignored, whatever the files of a
 This module imports NumPy and the standard library only, so that the command line can use it at start.
 """
 
-import difflib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import UInt8
 
-from enfilade.errors import UserError
+from enfilade.errors import UserError, unknown
 
 IGNORE = 255
 
@@ -38,7 +37,7 @@ class LabelSpace:
     def index(self, name: str) -> int:
         """The number of the class called `name`; an unknown name raises `UserError` and names the nearest one."""
         if name not in self.names:
-            raise UserError(f"no class {name!r} in label space {self.name!r}: {_suggest(name, self.names)}")
+            raise unknown(f"{self.name} class", name, self.names)
         return self.names.index(name)
 
     def colourise(self, labels: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
@@ -46,11 +45,6 @@ class LabelSpace:
         table = np.zeros((256, 3), np.uint8)
         table[: len(self)] = self.colours
         return table[labels]
-
-
-def _suggest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}"
 
 
 # --- names and colours ------------------------------------------------------------------------------------------------
@@ -166,7 +160,7 @@ SPACES: dict[str, LabelSpace] = {
 def get(name: str) -> LabelSpace:
     """The label space called `name`; an unknown name raises `UserError` and names the nearest one."""
     if name not in SPACES:
-        raise UserError(f"no label space {name!r}: {_suggest(name, SPACES)}")
+        raise unknown("label space", name, SPACES)
     return SPACES[name]
 
 

@@ -17,7 +17,6 @@ Splits: "test" is test.txt, "trainval" all training frames. Without a val.txt, "
 show one scene, so a cut through the middle of the list separates scenes and a random draw would not.
 """
 
-import difflib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,7 @@ from jaxtyping import Float32, UInt8, UInt16
 
 from enfilade.camera import Camera
 from enfilade.data.files import read_map, read_rgb
-from enfilade.errors import UserError
+from enfilade.errors import UserError, unknown
 from enfilade.labels import IGNORE, SPACES, nyu894_to_40
 from enfilade.types import Sample
 
@@ -58,9 +57,7 @@ def split_ids(ids: Sequence[str], split: str, val: Sequence[str] | None = None) 
 
 def _check_split(split: str):
     if split not in SPLITS:
-        close = difflib.get_close_matches(split, SPLITS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(SPLITS)}"
-        raise UserError(f"nyuv2 has no split {split!r}: {hint}")
+        raise unknown("nyuv2 split", split, SPLITS)
 
 
 class NYUv2:
