@@ -15,7 +15,8 @@ from tyro.conf import FlagCreatePairsOff
 
 import enfilade
 from enfilade.errors import UserError, unknown
-from enfilade.verbs import VERBS, Verb, complain
+from enfilade.options import complain
+from enfilade.verbs import VERBS, Verb
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,35 +3,41 @@
 Nothing heavy is imported before a verb runs, so that help is instant.
 """
 
-import contextlib
 import json
-import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import Positional, arg
 
 import enfilade
-from enfilade.errors import UserError, unknown
-
-File = Literal["labels", "depth", "overlay", "panel", "arrays", "points"]
-Precision = Literal["auto", "fp32", "bf16"]
-Name = Annotated[str, arg(metavar="NAME")]
-Folder = Annotated[str, arg(metavar="DIR")]
-Model = Annotated[str, arg(metavar="NAME|FILE|RUN")]
-Count = Annotated[int, arg(metavar="N")]
-Options = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="KEY=VALUE")]
-# Those that may be left out; their help says what happens then
-Flag = Annotated[bool, arg(help_behavior_hint="")]
-MaybeFolder = Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")]
-MaybeFile = Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")]
-MaybeNumber = Annotated[float | None, arg(metavar="X", help_behavior_hint="")]
-MaybeCount = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
-Weights = Annotated[str | None, arg(metavar="FILE|timm", help_behavior_hint="")]
-Device = Annotated[str | None, arg(metavar="DEVICE", help_behavior_hint="")]
+from enfilade.errors import UserError
+from enfilade.options import (
+    Count,
+    Device,
+    File,
+    Flag,
+    Folder,
+    MaybeCount,
+    MaybeFile,
+    MaybeFolder,
+    MaybeNumber,
+    Model,
+    Name,
+    Options,
+    Precision,
+    Weights,
+    complain,
+    describe_line,
+    image_size,
+    open_reader,
+    parse_options,
+    positive,
+    read_camera,
+    use_threads,
+)
+from enfilade.verbs_data import DataCheck, DataHHA, DataPrepare, DataShow
 
 
 @dataclass(frozen=True)
@@ -313,111 +319,6 @@ class Reproduce:
 
 
 @dataclass(frozen=True)
-class DataPrepare:
-    """Turn a data set as it is distributed into the folder that its reader wants."""
-
-    name: Annotated[Positional[str], arg(metavar="NAME", help_behavior_hint="")]
-    """The data set: nyuv2."""
-    mat: Annotated[str, arg(metavar="FILE")]
-    """The official nyu_depth_v2_labeled.mat."""
-    out: Folder
-    """The folder to fill."""
-    splits: MaybeFile = None
-    """The official splits.mat; default: beside the first file."""
-    mapping: MaybeFile = None
-    """The official classMapping40.mat; default: beside the first file."""
-    raw_depth: Flag = False
-    """The sensor's depth with its holes, instead of the in-painted one."""
-    image: Literal["jpg", "png"] = "jpg"
-    """Format of the colour images; png is lossless and five times as large."""
-
-    def run(self) -> int:
-        if self.name != "nyuv2":
-            raise unknown("data set that needs preparing", self.name, ["nyuv2"])
-        from enfilade.data.prepare import prepare_nyuv2
-
-        folder = prepare_nyuv2(
-            self.mat,
-            self.out,
-            splits=self.splits,
-            mapping=self.mapping,
-            raw_depth=self.raw_depth,
-            image=self.image,
-        )
-        print(f"prepared {folder}")
-        return 0
-
-
-@dataclass(frozen=True)
-class DataHHA:
-    """Make the HHA image of every frame of an NYUv2 folder from its depth, for recipes that take HHA."""
-
-    root: Folder
-    """Folder of the data; its hha/ is filled where a frame has none."""
-
-    def run(self) -> int:
-        from enfilade.data.prepare import prepare_hha
-
-        print(f"wrote {prepare_hha(self.root)} HHA images to {self.root}/hha")
-        return 0
-
-
-@dataclass(frozen=True)
-class DataCheck:
-    """Read every sample of a data set once; say what is in it and name what is broken."""
-
-    name: Annotated[Positional[str], arg(metavar="NAME", help_behavior_hint="")]
-    """The data set: nyuv2, frames or rooms."""
-    root: MaybeFolder = None
-    """Folder of the data (rooms are rendered and need none)."""
-    split: Name = "train"
-    """Split to read."""
-    option: Options = ()
-    """Option of the data set's reader, e.g. --option length=20 for rooms."""
-    json: Flag = False
-    """Print the findings as JSON, and nothing else, on stdout."""
-
-    def run(self) -> int:
-        from enfilade.data.inspect import check
-
-        found = check(open_reader(self.name, self.root, self.split, parse_options(self.option)), quiet=False)
-        print(found.json() if self.json else found.text())
-        return 1 if found.broken else 0
-
-
-@dataclass(frozen=True)
-class DataShow:
-    """Draw some samples of a data set on one sheet: RGB, labels, depth."""
-
-    name: Annotated[Positional[str], arg(metavar="NAME", help_behavior_hint="")]
-    """The data set: nyuv2, frames or rooms."""
-    root: MaybeFolder = None
-    """Folder of the data (rooms are rendered and need none)."""
-    split: Name = "train"
-    """Split to draw from."""
-    out: Annotated[str, arg(metavar="FILE")] = "sheet.png"
-    """PNG file to write."""
-    count: Count = 12
-    """Samples on the sheet."""
-    seed: Count = 0
-    """Other samples for another seed."""
-    option: Options = ()
-    """Option of the data set's reader, e.g. --option length=20 for rooms."""
-
-    def run(self) -> int:
-        from enfilade.data.inspect import show
-
-        show(
-            open_reader(self.name, self.root, self.split, parse_options(self.option)),
-            self.out,
-            count=self.count,
-            seed=self.seed,
-        )
-        print(self.out)
-        return 0
-
-
-@dataclass(frozen=True)
 class Demo:
     """Render a room, predict on it (and on your image), and write the pictures beside the truth."""
 
@@ -471,89 +372,3 @@ VERBS: dict[str, type[Verb]] = {
     "demo": Demo,
     "info": Info,
 }
-
-
-# --- what several verbs need ------------------------------------------------------------------------------------------
-
-
-def use_threads(threads: int | None = None) -> None:
-    """All cores that this process may use, unless the user or OMP_NUM_THREADS says otherwise."""
-    positive("--threads", threads)
-    import torch
-
-    if threads is None and "OMP_NUM_THREADS" in os.environ:
-        return
-    from enfilade.info import cores
-
-    torch.set_num_threads(threads or cores())
-
-
-def positive(option: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise UserError(f"{option} must be at least 1, not {value}")
-
-
-def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
-    """`KEY=VALUE` pairs with JSON or bare text as values."""
-    from enfilade.overrides import parse
-
-    options = {}
-    for assignment in assignments:
-        key, equals, value = assignment.partition("=")
-        if not (key and equals):
-            raise UserError(f"{assignment!r} is no option: write KEY=VALUE, for example length=20")
-        options[key] = parse(value)
-    return options
-
-
-def open_reader(name: str, root: str | None, split: str, options: dict[str, Any]):
-    try:
-        return enfilade.open_dataset(name, root, split, **options)
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        wrong = str(error).rpartition("argument ")[2].strip("'")
-        raise UserError(f"data set {name} takes no option {wrong!r}") from error
-
-
-def read_camera(path: Path) -> dict[str, float]:
-    """Intrinsics of a JSON file: fx, and as far as it has them fy, cx, cy, width, height."""
-    if not path.is_file():
-        raise UserError(f"no camera file at {path}")
-    try:
-        content = json.loads(path.read_text())
-        found = {k: float(content[k]) for k in ("fx", "fy", "cx", "cy", "width", "height") if k in content}
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"{path}: expected JSON with numbers fx, fy, cx and cy ({error})") from error
-    if "fx" not in found:
-        raise UserError(f"{path}: expected JSON with numbers fx, fy, cx and cy; fx is missing")
-    return found
-
-
-def image_size(paths: Sequence[str]) -> tuple[int, int]:
-    """Width and height of the first image among `paths` that can be read."""
-    from enfilade import images
-
-    for path in images.find(paths):
-        with contextlib.suppress(UserError):
-            rgb = next(images.frames(path))[1] if images.is_video(path) else images.read(path).rgb
-            return rgb.shape[1], rgb.shape[0]
-    raise UserError("none of the images can be read")
-
-
-def describe_line(path: str, result: dict[str, Any]) -> str:
-    """What is in an image and how far, in a line."""
-    parts = [f"{result['width']}x{result['height']}"]
-    if result["classes"] is not None:
-        parts.append(", ".join(f"{name} {share:.0%}" for name, share in list(result["classes"].items())[:4]))
-    if result["depth"] is not None:
-        parts.append(f"{result['depth']['min']:.1f} to {result['depth']['max']:.1f} m")
-    if result["camera"] is not None:
-        parts.append(f"camera {result['camera']['source']}, {result['camera']['fov']:.0f} degrees across")
-    return f"{path}: {'; '.join(parts)}"
-
-
-def complain(message: str) -> None:
-    """One line on stderr. Of many processes on one machine, the first speaks for all."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print("enfilade: " + " ".join(message.split()), file=sys.stderr, flush=True)

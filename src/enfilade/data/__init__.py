@@ -23,6 +23,9 @@ READERS = {
     "nyuv2": "enfilade.data.nyuv2:NYUv2",
     "frames": "enfilade.data.frames:Frames",
     "rooms": "enfilade.data.rooms:Rooms",
+    "camvid": "enfilade.data.camvid:CamVid",
+    "sunrgbd": "enfilade.data.sunrgbd:SUNRGBD",
+    "voc2012": "enfilade.data.voc2012:VOC2012",
 }
 
 # Rooms are seeded: each split draws from its own million of seeds, so that no room is in two of them.

@@ -1,0 +1,113 @@
+"""What several verbs of the command line need: the types of their options, and how options become objects."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import UseAppendAction, arg
+
+import enfilade
+from enfilade.errors import UserError
+
+File = Literal["labels", "depth", "overlay", "panel", "arrays", "points"]
+Precision = Literal["auto", "fp32", "bf16"]
+Name = Annotated[str, arg(metavar="NAME")]
+Folder = Annotated[str, arg(metavar="DIR")]
+Model = Annotated[str, arg(metavar="NAME|FILE|RUN")]
+Count = Annotated[int, arg(metavar="N")]
+Options = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="KEY=VALUE")]
+# Those that may be left out; their help says what happens then
+Flag = Annotated[bool, arg(help_behavior_hint="")]
+MaybeFolder = Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")]
+MaybeFile = Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")]
+MaybeNumber = Annotated[float | None, arg(metavar="X", help_behavior_hint="")]
+MaybeCount = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
+Weights = Annotated[str | None, arg(metavar="FILE|timm", help_behavior_hint="")]
+Device = Annotated[str | None, arg(metavar="DEVICE", help_behavior_hint="")]
+
+
+def use_threads(threads: int | None = None) -> None:
+    """All cores that this process may use, unless the user or OMP_NUM_THREADS says otherwise."""
+    positive("--threads", threads)
+    import torch
+
+    if threads is None and "OMP_NUM_THREADS" in os.environ:
+        return
+    from enfilade.info import cores
+
+    torch.set_num_threads(threads or cores())
+
+
+def positive(option: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise UserError(f"{option} must be at least 1, not {value}")
+
+
+def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` pairs with JSON or bare text as values."""
+    from enfilade.overrides import parse
+
+    options = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not (key and equals):
+            raise UserError(f"{assignment!r} is no option: write KEY=VALUE, for example length=20")
+        options[key] = parse(value)
+    return options
+
+
+def open_reader(name: str, root: str | None, split: str, options: dict[str, Any]):
+    try:
+        return enfilade.open_dataset(name, root, split, **options)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        wrong = str(error).rpartition("argument ")[2].strip("'")
+        raise UserError(f"data set {name} takes no option {wrong!r}") from error
+
+
+def read_camera(path: Path) -> dict[str, float]:
+    """Intrinsics of a JSON file: fx, and as far as it has them fy, cx, cy, width, height."""
+    if not path.is_file():
+        raise UserError(f"no camera file at {path}")
+    try:
+        content = json.loads(path.read_text())
+        found = {k: float(content[k]) for k in ("fx", "fy", "cx", "cy", "width", "height") if k in content}
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"{path}: expected JSON with numbers fx, fy, cx and cy ({error})") from error
+    if "fx" not in found:
+        raise UserError(f"{path}: expected JSON with numbers fx, fy, cx and cy; fx is missing")
+    return found
+
+
+def image_size(paths: Sequence[str]) -> tuple[int, int]:
+    """Width and height of the first image among `paths` that can be read."""
+    from enfilade import images
+
+    for path in images.find(paths):
+        with contextlib.suppress(UserError):
+            rgb = next(images.frames(path))[1] if images.is_video(path) else images.read(path).rgb
+            return rgb.shape[1], rgb.shape[0]
+    raise UserError("none of the images can be read")
+
+
+def describe_line(path: str, result: dict[str, Any]) -> str:
+    """What is in an image and how far, in a line."""
+    parts = [f"{result['width']}x{result['height']}"]
+    if result["classes"] is not None:
+        parts.append(", ".join(f"{name} {share:.0%}" for name, share in list(result["classes"].items())[:4]))
+    if result["depth"] is not None:
+        parts.append(f"{result['depth']['min']:.1f} to {result['depth']['max']:.1f} m")
+    if result["camera"] is not None:
+        parts.append(f"camera {result['camera']['source']}, {result['camera']['fov']:.0f} degrees across")
+    return f"{path}: {'; '.join(parts)}"
+
+
+def complain(message: str) -> None:
+    """One line on stderr. Of many processes on one machine, the first speaks for all."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("enfilade: " + " ".join(message.split()), file=sys.stderr, flush=True)
