@@ -23,7 +23,10 @@ from enfilade.errors import UserError, unknown
 # What a model file may name. The module is imported when it is needed.
 MODELS: dict[str, str] = {
     "gad": "enfilade.models.geometry_distillation:GAD",
-    "fpn": "enfilade.models.peers:FPN",
+    "lrn": "enfilade.models.label_refinement:LRN",
+    "segnet": "enfilade.models.label_refinement:SegNet",
+    "fcn8s": "enfilade.models.label_refinement:FCN8s",
+    "peer": "enfilade.models.peers:Peer",
 }
 
 # Models that ship inside the package.

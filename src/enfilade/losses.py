@@ -1,20 +1,25 @@
 """Training losses: pure functions of tensors, and the named terms that recipes weigh.
 
-A term takes an `Output`, a `Batch` and the class weights, and returns a scalar. Labels are resized to the size of the
-logits by nearest neighbour, depth likewise, so that a loss never interpolates over an edge of the truth.
+A term takes an `Output`, a `Batch`, the class weights and the way to resize labels, and returns a scalar. Labels are
+resized to the size of the logits by nearest neighbour or by the vote of an area, depth by nearest neighbour, so that a
+loss never interpolates over an edge of the truth.
 """
 
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from enfilade.errors import UserError
+from enfilade.errors import UserError, unknown
 from enfilade.types import IGNORE, Batch, Output
 
 Weights = Float[Tensor, "k"] | None
+Term = Callable[[Output, Batch, Weights, str], Tensor]
 
 
 def full(x: Tensor) -> Tensor:
@@ -22,11 +27,48 @@ def full(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def nearest(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize a `b h w` map by nearest neighbour (pixel centres aligned)."""
+def cell(size: Sequence[int], coarse: Sequence[int]) -> int | None:
+    """The stride of a map of `coarse` positions over an image of `size`: each position covers a square of that side,
+    the last row and column perhaps beyond the image. None if no power of two fits."""
+    h, w = size
+    return next((s for s in (1, 2, 4, 8, 16, 32, 64) if (-(-h // s), -(-w // s)) == tuple(coarse)), None)
+
+
+def nearest(x: Shaped[Tensor, "b _ _"], size: Sequence[int], outside: int = 0) -> Shaped[Tensor, "b h w"]:
+    """Resize a map of labels or depth by nearest neighbour (pixel centres aligned). Where a coarse map's cells reach
+    beyond the image, what lies there is `outside`."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x
+    if stride := cell(x.shape[-2:], size):
+        x = cover(x, size, stride, outside)
     return F.interpolate(x[:, None].float(), tuple(size), mode="nearest-exact")[:, 0].to(x.dtype)
+
+
+def cover(x: Shaped[Tensor, "b _ _"], size: Sequence[int], stride: int, outside: int) -> Shaped[Tensor, "b _ _"]:
+    """`x`, continued by `outside` to whole cells."""
+    (h, w), (rows, columns) = x.shape[-2:], size
+    return F.pad(x, (0, columns * stride - w, 0, rows * stride - h), value=outside)
+
+
+def majority(labels: Int64[Tensor, "b _ _"], size: Sequence[int]) -> Int64[Tensor, "b h w"]:
+    """Resize a label map by area vote: a cell has the label of most of its pixels. Void votes as well; a tie goes to
+    the lowest class, and to void last. Sizes that are no whole cells of a power of two are resized by `nearest`."""
+    stride = cell(labels.shape[-2:], size)
+    if stride is None or stride == 1:
+        return nearest(labels, size, IGNORE)
+    labels = cover(labels, size, stride, IGNORE)
+    (b, _, _), (rows, columns) = labels.shape, size
+    classes = int(labels.where(labels != IGNORE, 0).max()) + 2  # void is the last
+    votes = labels.where(labels != IGNORE, classes - 1).view(b, rows, stride, columns, stride).movedim(3, 2)
+    at = torch.arange(b * rows * columns, device=labels.device).repeat_interleave(stride * stride)
+    counts = torch.bincount(at * classes + votes.reshape(-1), minlength=b * rows * columns * classes)
+    # arg max is free to choose among equals: count n of class c is ranked by n, then by the lower c
+    order = torch.arange(classes, device=labels.device)
+    chosen = (counts.view(-1, classes) * classes - order).argmax(1).view(b, rows, columns)
+    return chosen.where(chosen != classes - 1, IGNORE)
+
+
+RESIZE = {"nearest": partial(nearest, outside=IGNORE), "majority": majority}
 
 
 def cross_entropy(
@@ -34,7 +76,7 @@ def cross_entropy(
 ) -> Float[Tensor, ""]:
     """Mean over labelled pixels, weighted by class (the mean is over the weights, as `F.cross_entropy` has it);
     0 where nothing is labelled."""
-    labels = nearest(labels, logits.shape[-2:])
+    labels = nearest(labels, logits.shape[-2:], IGNORE)
     valid = labels != IGNORE
     if weight is not None:
         valid = valid & (weight[labels.where(valid, 0)] > 0)  # a batch of weight 0 alone would be 0 / 0
@@ -50,12 +92,46 @@ def focal(
 
     # Differs from paper: the mean, not the sum, so that learning rates do not depend on the image size.
     """
-    labels = nearest(labels, logits.shape[-2:])
+    labels = nearest(labels, logits.shape[-2:], IGNORE)
     valid = labels != IGNORE
     log_p = F.log_softmax(full(logits), 1).gather(1, labels.where(valid, 0)[:, None])[:, 0]
     loss = -((1 - log_p.exp()) ** gamma) * log_p
     scale = valid.float() if weight is None else valid * weight[labels.where(valid, 0)]
     return (loss * scale).sum() / scale.sum().clamp(min=1e-6)
+
+
+LOVASZ_PIXELS = 2**16
+
+
+def lovasz(
+    logits: Float[Tensor, "b k h w"], labels: Int64[Tensor, "b _ _"], weight: Weights = None
+) -> Float[Tensor, ""]:
+    """Lovász-softmax (Berman et al. 2018, Eq. 11): the convex closure of 1 - IoU, averaged over the classes that the
+    batch shows. It rewards what mIoU counts, a rare class as much as a common one, so that `weight` only leaves out
+    classes of weight 0. Of more than 65536 labelled pixels, that many are taken, evenly spread: each class sorts them
+    all, which at full resolution would take as long as the network."""
+    labels = nearest(labels, logits.shape[-2:], IGNORE)
+    valid = labels != IGNORE
+    at = valid.view(-1).nonzero()[:, 0]
+    if len(at) > LOVASZ_PIXELS:
+        at = at[torch.arange(LOVASZ_PIXELS, device=at.device) * len(at) // LOVASZ_PIXELS]
+    truth = labels.reshape(-1)[at]
+    probabilities = F.softmax(full(logits.movedim(1, -1).reshape(-1, logits.shape[1])[at]), 1)
+    terms = []
+    for c in truth.unique().tolist():
+        if weight is not None and weight[c] == 0:
+            continue
+        of_class = (truth == c).float()
+        errors, order = (of_class - probabilities[:, c]).abs().sort(descending=True)
+        terms.append(errors @ jaccard_gradient(of_class[order]))
+    return torch.stack(terms).mean() if terms else full(logits).sum() * 0
+
+
+def jaccard_gradient(truth: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """By how much 1 - IoU grows with each further error, errors sorted from the largest (Berman et al., Alg. 1)."""
+    total = truth.sum()
+    jaccard = 1 - (total - truth.cumsum(0)) / (total + (1 - truth).cumsum(0))
+    return torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])
 
 
 def berhu(error: Float[Tensor, "*s"], threshold: Float[Tensor, ""]) -> Float[Tensor, "*s"]:
@@ -117,33 +193,36 @@ def present(value, what: str):
     return value
 
 
-def _semantic(term) -> Callable[[Output, Batch, Weights], Tensor]:
-    def loss(output: Output, batch: Batch, weight: Weights) -> Tensor:
-        return term(present(output.logits, "label logits"), present(batch.labels, "labels"), weight)
+def _semantic(term) -> Term:
+    def loss(output: Output, batch: Batch, weight: Weights, resize: str) -> Tensor:
+        logits, labels = present(output.logits, "label logits"), present(batch.labels, "labels")
+        return term(logits, RESIZE[resize](labels, logits.shape[-2:]), weight)
 
     return loss
 
 
-def _sides(term) -> Callable[[Output, Batch, Weights], Tensor]:
-    def loss(output: Output, batch: Batch, weight: Weights) -> Tensor:
+def _sides(term) -> Term:
+    def loss(output: Output, batch: Batch, weight: Weights, resize: str) -> Tensor:
         labels = present(batch.labels, "labels")
         sides = present(output.side_logits or None, "side outputs")
-        return torch.stack([term(side, labels, weight) for side in sides]).sum()  # Σ_k L_sk, Eq. (8)
+        values = [term(side, RESIZE[resize](labels, side.shape[-2:]), weight) for side in sides]
+        return torch.stack(values).sum()  # Σ_k L_sk, Eq. (8)
 
     return loss
 
 
-def _depth(term) -> Callable[[Output, Batch, Weights], Tensor]:
-    def loss(output: Output, batch: Batch, weight: Weights) -> Tensor:
+def _depth(term) -> Term:
+    def loss(output: Output, batch: Batch, weight: Weights, resize: str) -> Tensor:
         depth = present(output.depth, "predicted depth")
         return depth.sum() * 0 if batch.depth is None else term(depth, batch.depth)
 
     return loss
 
 
-TERMS: dict[str, Callable[[Output, Batch, Weights], Tensor]] = {
+TERMS: dict[str, Term] = {
     "cross_entropy": _semantic(cross_entropy),
     "focal": _semantic(focal),
+    "lovasz": _semantic(lovasz),
     "side_cross_entropy": _sides(cross_entropy),
     "side_focal": _sides(focal),
     "depth_berhu": _depth(depth_berhu),
@@ -152,10 +231,42 @@ TERMS: dict[str, Callable[[Output, Batch, Weights], Tensor]] = {
 }
 
 
+def resolve(name: str) -> tuple[Term, int | None]:
+    """The term called `name`, and the label map that it is for: "cross_entropy/s1" is of the coarsest of a network's
+    maps, "cross_entropy/s6" of the sixth; without a map it is of the network's answer.
+
+    Raises:
+        UserError: no such term, or a map that is not called s1, s2, ...
+    """
+    term, slash, which = name.partition("/")
+    if term not in TERMS:
+        raise unknown("loss term", term, TERMS)
+    if not slash:
+        return TERMS[term], None
+    if not re.fullmatch(r"s[1-9]\d*", which):
+        raise UserError(f"loss term {name!r}: after the slash comes a label map, s1 for the coarsest, not {which!r}")
+    return TERMS[term], int(which[1:])
+
+
+def at_scale(output: Output, scale: int | None) -> Output:
+    """The output whose answer is its `scale`-th label map, counted from the coarsest; all of it for None."""
+    if scale is None:
+        return output
+    maps = (*output.side_logits, present(output.logits, "label logits"))
+    if scale > len(maps):
+        raise UserError(f"a loss is for label map s{scale}, but this model makes {len(maps)}")
+    return replace(output, logits=maps[scale - 1], side_logits=())
+
+
 def objective(
-    output: Output, batch: Batch, terms: dict[str, float], weight: Weights = None
+    output: Output, batch: Batch, terms: dict[str, float], weight: Weights = None, resize: str = "nearest"
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-    """The weighted sum of named terms (GAD Eq. 8: {"focal": 1, "depth_berhu": 1, "side_focal": 1}), and each."""
-    values = {name: TERMS[name](output, batch, weight) for name in terms}
+    """The weighted sum of named terms, and each. GAD Eq. (8) is {"focal": 1, "depth_berhu": 1, "side_focal": 1}; deep
+    supervision names its scales (LRN Section 4): {"cross_entropy/s1": 1, ..., "cross_entropy/s6": 1}. `resize`, a key
+    of `RESIZE`, is how the truth is brought to a map's size."""
+    values = {}
+    for name in terms:
+        term, scale = resolve(name)
+        values[name] = term(at_scale(output, scale), batch, weight, resize)
     total = torch.stack([factor * values[name] for name, factor in terms.items()]).sum()
     return total, {name: value.detach() for name, value in values.items()}

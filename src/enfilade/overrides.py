@@ -114,11 +114,10 @@ def _constructor(model: str) -> Any:
 
 
 def _known_losses(losses: dict[str, float]) -> None:
-    from enfilade.losses import TERMS
+    from enfilade.losses import resolve
 
     for name in losses:
-        if name not in TERMS:
-            raise unknown("loss term", name, TERMS)
+        resolve(name)
 
 
 def parse(text: str) -> Any:

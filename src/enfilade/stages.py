@@ -12,6 +12,8 @@ class Stage:
         name: of the stage, in logs and checkpoints.
         epochs: passes over the training set.
         losses: named terms of `enfilade.losses.TERMS` and their weights.
+        resize: how the truth is brought to the size of a coarser label map: "nearest", or "majority" (the vote of the
+            area). `losses` may name a map: {"cross_entropy/s1": 1.0, ...}, from the coarsest.
         train: parts of the model (its `parts`) that learn; the others are frozen, their batch norms too. "*" is all.
         size: (height, width) of a training crop.
         zoom: random scaling around the canonical scale (log-uniform).
@@ -30,6 +32,7 @@ class Stage:
     name: str
     epochs: int
     losses: dict[str, float]
+    resize: Literal["nearest", "majority"] = "nearest"
     train: tuple[str, ...] = ("*",)
     size: tuple[int, int] = (240, 320)
     zoom: tuple[float, float] = (1.0, 1.0)
@@ -60,9 +63,11 @@ class Recipe:
         arguments: the model's constructor.
         stages: in order; each starts from the last weights of the one before.
         scale: source pixels to network pixels at zoom 1, in training and in validation.
+        source: (height, width) of the data's images; times `scale`, they are the size at which images are predicted.
         focal: canonical focal length in network pixels (see `data.transforms`); None leaves depth as it is.
         space: label space of the predictions.
         class_weighting: power of the median-frequency class weights (0 none, 1 full, 0.5 their square root).
+        class_weights: a file of `enfilade data weights` to use instead.
         depth_fraction: share of the training samples that keep their depth (GAD Section 4.5).
         seed: of everything random: initial weights, order, augmentation, dropout.
         precision: "no" (fp32) or "bf16".
@@ -73,9 +78,11 @@ class Recipe:
     arguments: dict[str, Any]
     stages: tuple[Stage, ...]
     scale: float = 0.5
+    source: tuple[int, int] = (480, 640)
     focal: float | None = 518.8579 * 0.5  # NYUv2's camera at half size
     space: str = "nyu40"
     class_weighting: float = 0.0
+    class_weights: str | None = None
     depth_fraction: float = 1.0
     seed: int = 0
     precision: Literal["no", "bf16"] = "bf16"

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from enfilade import checkpoint
+from enfilade import checkpoint, labels
 from enfilade.data.epochs import batches, class_weights, steps_per_epoch
+from enfilade.data.weights import read as read_weights
 from enfilade.errors import UserError
 from enfilade.losses import objective
 from enfilade.stages import Recipe, Stage
@@ -137,6 +138,24 @@ def load_state(tensors: dict[str, Tensor], meta: dict, network: nn.Module, optim
         optimiser.load_state_dict({"state": states, "param_groups": meta["groups"]})
 
 
+def start_from(network: nn.Module, init: str | Path) -> str:
+    """Fill `network` with the tensors of a model file that fit by name and shape; returns a sentence about it.
+
+    Raises:
+        UserError: no such model, or one of which nothing fits.
+    """
+    path = checkpoint.resolve(init)
+    tensors, _ = checkpoint.read(path)
+    own = network.state_dict()
+    fitting = {k: v.to(own[k].dtype) for k, v in tensors.items() if k in own and v.shape == own[k].shape}
+    if not any(p in fitting for p, _ in network.named_parameters()):
+        raise UserError(f"no tensor of {path} fits {type(network).__name__}: start from a model of the same kind")
+    network.load_state_dict(fitting, strict=False)
+    fresh = sorted(own.keys() - fitting.keys())
+    text = f"starts from {path} ({len(fitting)} of {len(own)} tensors)"
+    return f"{text}; random are {', '.join(fresh[:3])}{' and more' if len(fresh) > 3 else ''}" if fresh else text
+
+
 def model_meta(recipe: Recipe, ignored: tuple[int, ...], extra: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": recipe.model,
@@ -144,7 +163,7 @@ def model_meta(recipe: Recipe, ignored: tuple[int, ...], extra: dict[str, Any]) 
         "recipe": recipe.name,
         "space": recipe.space,
         "scale": recipe.scale,
-        "size": [round(480 * recipe.scale), round(640 * recipe.scale)],
+        "size": [round(side * recipe.scale) for side in recipe.source],
         "focal": recipe.focal,
         "ignored": list(ignored),
         **extra,
@@ -157,6 +176,7 @@ def train(
     val_data=None,
     *,
     out: str | Path,
+    init: str | Path | None = None,
     resume: bool = True,
     skip_nonfinite: bool = False,
     save_every: int = 0,
@@ -172,6 +192,8 @@ def train(
             final weights count as best.
         out: run folder. Gets recipe.json, last.safetensors (to resume), best.safetensors and final.safetensors
             (models, `enfilade.load` takes them), TensorBoard events and log.jsonl.
+        init: a shipped model, a model file or a run folder whose weights the run starts from, as far as they fit: a
+            classifier for other classes, say, starts anew, and the run says so.
         resume: go on from `out`/last.safetensors where it exists; a finished run returns at once.
         skip_nonfinite: drop an update whose gradient is NaN or infinite, instead of stopping.
         save_every: updates between saves of the state; 0 saves after each epoch.
@@ -181,7 +203,7 @@ def train(
     Raises:
         UserError: the run folder holds another recipe; a loss that is not finite (the last good state is kept).
     """
-    run = Run(recipe, train_data, val_data, Path(out), resume, quiet)
+    run = Run(recipe, train_data, val_data, Path(out), resume, quiet, init)
     run.skip_nonfinite, run.save_every, run.log_every, run.workers = skip_nonfinite, save_every, log_every, workers
     for index in range(run.progress["stage"], len(recipe.stages)):
         stopped = run.stage(index, stop_after)
@@ -195,7 +217,7 @@ class Run:
 
     skip_nonfinite, save_every, log_every, workers = False, 0, 20, 1
 
-    def __init__(self, recipe: Recipe, train_data, val_data, out: Path, resume: bool, quiet: bool):
+    def __init__(self, recipe: Recipe, train_data, val_data, out: Path, resume: bool, quiet: bool, init=None):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
 
@@ -217,16 +239,21 @@ class Run:
         self.saved = checkpoint.read(self.last) if resume and self.last.is_file() else None
         torch.manual_seed(recipe.seed)
         # A saved state holds the encoder's weights, so that their file is no longer needed
-        arguments = recipe.arguments | ({"weights": None} if self.saved else {})
+        arguments = recipe.arguments | ({"weights": None} if self.saved or init is not None else {})
         self.network = checkpoint.build(recipe.model, arguments).to(memory_format=torch.channels_last)
         self.progress: dict[str, Any] = {"stage": 0, "step": 0, "update": 0, "best": -1.0, "scores": {}}
         if self.saved:
             self.progress = dict(self.saved[1]["progress"])
             load_state(*self.saved, self.network, None, None)
+        elif init is not None:
+            self.network.loaded = start_from(self.network, init)  # type: ignore[assignment]
         loaded = getattr(self.network, "loaded", None) or getattr(self.network.trunk, "loaded", "random weights")
         self.say(f"{recipe.name}: {f'resumed from {self.last}' if self.saved else loaded}")
 
-        weights = class_weights(train_data, recipe.class_weighting, recipe.arguments.get("classes", 40))
+        if recipe.class_weights is not None:
+            weights = torch.tensor([*read_weights(recipe.class_weights, labels.get(recipe.space)).values()])
+        else:
+            weights = class_weights(train_data, recipe.class_weighting, recipe.arguments.get("classes", 40))
         self.class_weights = None if weights is None else weights.to(self.accelerator.device)
         self.ignored = tuple(getattr(train_data, "ignored", ()))
         self.accelerator.init_trackers("events")
@@ -301,7 +328,7 @@ class Run:
             last = micro == stage.accumulate - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model), self.accelerator.autocast():
                 output = self.model(batch.image, **extra_inputs(self.network, batch))
-                loss, terms = objective(output, batch, stage.losses, self.class_weights)
+                loss, terms = objective(output, batch, stage.losses, self.class_weights, stage.resize)
                 self.accelerator.backward(loss / stage.accumulate)
             losses = {k: losses.get(k, 0) + v / stage.accumulate for k, v in terms.items()}
         norms = clip(self.network, self.owner, stage.clip)

@@ -1,12 +1,24 @@
 """The verbs under `enfilade data`: prepare, look at and count data sets."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from enfilade.errors import unknown
-from enfilade.options import Count, Flag, Folder, MaybeFile, MaybeFolder, Name, Options, open_reader, parse_options
+from enfilade.options import (
+    Count,
+    Flag,
+    Folder,
+    MaybeFile,
+    MaybeFolder,
+    Name,
+    Options,
+    complain,
+    open_reader,
+    parse_options,
+)
 
 
 @dataclass(frozen=True)
@@ -112,3 +124,41 @@ class DataShow:
         )
         print(self.out)
         return 0
+
+
+@dataclass(frozen=True)
+class DataWeights:
+    """Count the classes of a data set and write weights that balance them in a loss (median frequency)."""
+
+    name: Annotated[Positional[str], arg(metavar="NAME", help_behavior_hint="")]
+    """The data set, one with labels."""
+    out: Annotated[str, arg(metavar="FILE")]
+    """JSON file to write."""
+    root: MaybeFolder = None
+    """Folder of the data (rooms are rendered and need none)."""
+    split: Name = "train"
+    """Split to count."""
+    power: Annotated[float, arg(metavar="X")] = 1.0
+    """Of the weights: 1 is full balance, 0.5 half way in the logarithm, 0 none."""
+    count_void: Flag = False
+    """Take void into the pixels of the images that contain a class; training counts labelled pixels only."""
+    option: Options = ()
+    """Option of the data set's reader, e.g. --option length=20 for rooms."""
+    json: Flag = False
+    """Print the file's contents, and nothing else, on stdout."""
+
+    def run(self) -> int:
+        import json
+
+        from enfilade.data import weights
+        from enfilade.images import make_folder
+
+        reader = open_reader(self.name, self.root, self.split, parse_options(self.option))
+        make_folder(Path(self.out).parent)  # rather now than after the counting
+        counts = weights.count(reader, len(reader.space), tolerant=True, quiet=False)
+        for name, why in counts.broken:
+            complain(f"{name}: {why}")
+        document = weights.describe(counts, self.name, self.split, reader.space, self.power, count_void=self.count_void)
+        weights.write(document, self.out)
+        print(json.dumps(document, indent=1) if self.json else f"{weights.text(document)}\n\n{self.out}")
+        return 1 if counts.broken else 0

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from enfilade.data.transforms import Augment
+from enfilade.data.weights import count, median_frequency
 from enfilade.stages import Recipe, Stage
 from enfilade.types import Batch, Sample, collate
 
@@ -95,17 +96,8 @@ def one_thread(_: int) -> None:
 
 
 def class_weights(reader, power: float, classes: int) -> Tensor | None:
-    """Median-frequency weights (median_freq / freq_c) to the given power; freq_c counts c's pixels over all pixels of
-    the images that contain c (Eigen & Fergus 2015, Section 6.3.2). Classes that never occur get 0."""
+    """Median-frequency weights to the given power, void not counted (`data.weights`); None for power 0. Classes that
+    never occur get 0."""
     if power == 0:
         return None
-    pixels, area = np.zeros(classes), np.zeros(classes)
-    for i in range(len(reader)):
-        labels = reader.labels(i) if hasattr(reader, "labels") else reader[i].labels
-        counts = np.bincount(labels.ravel(), minlength=256)[:classes]
-        pixels += counts
-        area += (counts > 0) * counts.sum()
-    frequency = pixels / np.maximum(area, 1)
-    seen = frequency > 0
-    weights = np.where(seen, np.median(frequency[seen]) / np.where(seen, frequency, 1), 0) ** power
-    return torch.tensor(weights, dtype=torch.float32)
+    return torch.tensor(median_frequency(count(reader, classes), power), dtype=torch.float32)

@@ -5,6 +5,7 @@ inputs that are not divisible by its stride, and always says which weights it ho
 """
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,25 @@ from enfilade.errors import UserError, unknown
 log = logging.getLogger(__name__)
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. Not -(-a // b): ONNX divides integers towards zero."""
+    return (a + b - 1) // b
+
+
 def pad_to_multiple(image: Float[Tensor, "b c _ _"], stride: int) -> Float[Tensor, "b c _ _"]:
     """Continue the last row and column (edge replication invents no contour) up to a multiple of `stride`."""
     h, w = image.shape[-2:]
-    return F.pad(image, (0, -w % stride, 0, -h % stride), mode="replicate") if h % stride or w % stride else image
+    below, right = ceil_div(h, stride) * stride - h, ceil_div(w, stride) * stride - w
+    # An exported network takes any size: there is no branch on it, and often zero rows to add
+    if torch.compiler.is_exporting() or below or right:
+        return F.pad(image, (0, right, 0, below), mode="replicate")
+    return image
+
+
+def covering(x: Float[Tensor, "b ..."], size: Sequence[int], padded: Sequence[int]) -> Float[Tensor, "b ..."]:
+    """The part of a map of the padded image (height, width: `padded`) that covers the image itself (`size`)."""
+    (h, w), (height, width) = size, padded
+    return x[..., : ceil_div(h * x.shape[-2], height), : ceil_div(w * x.shape[-1], width)]
 
 
 def in_fp32(conv: nn.Conv2d, x: Float[Tensor, "b c _ _"]) -> Float[Tensor, "b c _ _"]:
@@ -101,4 +117,4 @@ class Encoder(nn.Module):
         stride = self.strides[-1]
         image = (image - self.mean) / self.std
         features = self.net(pad_to_multiple(image, stride))
-        return [f[..., : -(-h // s), : -(-w // s)] for f, s in zip(features, self.strides)]
+        return [f[..., : ceil_div(h, s), : ceil_div(w, s)] for f, s in zip(features, self.strides)]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from enfilade.models.encoders import Encoder, pad_to_multiple
+from enfilade.models.encoders import Encoder, covering, pad_to_multiple
 from enfilade.types import Output
 
 Affinity = Literal["dot", "softmax", "window"]
@@ -300,7 +300,7 @@ class GAD(nn.Module):
             if hha is None:
                 raise ValueError("this GAD was trained with HHA input: give hha (see enfilade.ops.hha)")
             image = torch.cat([image, hha], 1)
-        h, w = image.shape[-2:]
+        size = image.shape[-2:]
         image = pad_to_multiple(image, self.trunk.strides[-1])  # so that every level covers the same area exactly
         features = self.trunk(image)
         x = self.squeeze(features[-1])
@@ -326,12 +326,9 @@ class GAD(nn.Module):
             # "The score map from the bottom SPF block is utilized for the final semantic label prediction"
             logits, sides = sides[-1], [logits, *sides[:-1]]
 
-        def uncovered(x):
-            """Cut the part of a map that covers padding."""
-            return x[..., : -(-h * x.shape[-2] // image.shape[-2]), : -(-w * x.shape[-1] // image.shape[-1])]
-
+        padded = image.shape[-2:]
         return Output(
-            logits=uncovered(logits),
-            depth=None if depth is None else uncovered(depth),
-            side_logits=tuple(map(uncovered, sides)),
+            logits=covering(logits, size, padded),
+            depth=None if depth is None else covering(depth, size, padded),
+            side_logits=tuple(covering(side, size, padded) for side in sides),
         )

@@ -1,24 +1,35 @@
-"""Networks of other libraries behind our interface, to be measured beside ours. They need `enfilade[peers]`."""
+"""Networks of another library behind our interface, to be measured beside ours. They need `enfilade[peers]`."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from enfilade.errors import UserError
+from enfilade.errors import UserError, unknown
 from enfilade.models.encoders import Encoder, pad_to_multiple
 from enfilade.types import Output
 
+ARCHITECTURES = ("FPN", "Unet")
 
-class FPN(nn.Module):
-    """`segmentation_models_pytorch.FPN` with a timm encoder; the default model's peer."""
 
-    def __init__(self, *, classes: int = 40, encoder: str = "mobilenetv2_100", weights: str | None = None):
+class Peer(nn.Module):
+    """A network of `segmentation_models_pytorch` ("FPN" or "Unet", its defaults) with a timm encoder."""
+
+    def __init__(
+        self,
+        *,
+        architecture: str = "FPN",
+        classes: int = 40,
+        encoder: str = "mobilenetv2_100",
+        weights: str | None = None,
+    ):
         super().__init__()
+        if architecture not in ARCHITECTURES:
+            raise unknown("peer architecture", architecture, ARCHITECTURES)
         try:
             import segmentation_models_pytorch as smp
         except ImportError as error:
-            raise UserError("the FPN peer needs segmentation_models_pytorch: pip install 'enfilade[peers]'") from error
-        self.net = smp.FPN(f"tu-{encoder}", encoder_weights=None, classes=classes)
+            raise UserError("the peers need segmentation_models_pytorch: pip install 'enfilade[peers]'") from error
+        self.net = getattr(smp, architecture)(f"tu-{encoder}", encoder_weights=None, classes=classes)
         ours = Encoder(encoder, weights=weights)  # the same file, checks and colour normalisation as ours
         self.loaded = ours.loaded
         self.net.encoder.model = ours.net
