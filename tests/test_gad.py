@@ -12,7 +12,7 @@ from torch import nn
 from enfilade import losses
 from enfilade.models import geometry_distillation as gad
 from enfilade.models.geometry_distillation import GAD, GeometryAwarePropagation, UpConv
-from enfilade.models.peers import FPN
+from enfilade.models.peers import Peer
 from enfilade.recipes import ABLATION
 from enfilade.train import part_of
 from enfilade.types import IGNORE, Batch
@@ -404,9 +404,10 @@ def test_overfits_two_samples():
     assert error < 0.2
 
 
-def test_fpn_peer():
+@pytest.mark.parametrize("architecture", ["FPN", "Unet"])
+def test_peers(architecture):
     pytest.importorskip("segmentation_models_pytorch")
-    model = FPN(classes=5, encoder="mobilenetv2_035")
+    model = Peer(architecture=architecture, classes=5, encoder="mobilenetv2_035")
     assert "mobilenetv2_035" in model.loaded
     for size in ((97, 131), (64, 64)):
         assert model(torch.rand(2, 3, *size)).logits.shape == (2, 5, *size)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from enfilade import losses
 from enfilade.errors import UserError
@@ -268,3 +269,115 @@ def test_half_precision_logits_lose_nothing_in_the_sum(name):
     truth = torch.randint(0, K, (1, 200, 300), generator=generator)
     term = getattr(losses, name)
     assert term(x, truth).item() == pytest.approx(term(x.double(), truth).item(), rel=1e-5)
+
+
+# label maps of several scales
+
+
+def test_a_coarse_map_covers_whole_cells():
+    """360 rows are 11.25 cells of 32: the last cell's centre lies beyond the image, and so it is void."""
+    truth = torch.arange(360)[None, :, None].expand(1, 360, 64) // 32
+    small = losses.nearest(truth, (12, 2), IGNORE)
+    assert small[0, :11, 0].tolist() == list(range(11))
+    assert small[0, 11].tolist() == [IGNORE] * 2
+    assert losses.nearest(torch.ones(1, 360, 64), (12, 2))[0, 11].tolist() == [0, 0]  # depth: unknown
+
+
+@pytest.mark.parametrize(("size", "stride"), [((16, 24), 2), ((16, 24), 4), ((13, 22), 4), ((7, 7), 8)])
+def test_majority_counts_the_votes_of_each_cell(size, stride):
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(0, 4, (2, *size), generator=generator)
+    truth[truth == 3] = IGNORE
+    rows, columns = (-(-n // stride) for n in size)
+    got = losses.majority(truth, (rows, columns))
+    for b in range(2):
+        for i in range(rows):
+            for j in range(columns):
+                cell = truth[b, i * stride : (i + 1) * stride, j * stride : (j + 1) * stride].flatten().tolist()
+                cell += [IGNORE] * (stride * stride - len(cell))  # beyond the image
+                # most votes; among equals the lowest class, void last
+                assert got[b, i, j] == max(set(cell), key=lambda c: (cell.count(c), -c))
+
+
+def test_majority_of_one_class_is_nearest():
+    truth = torch.full((1, 20, 20), 2)
+    assert torch.equal(losses.majority(truth, (5, 5)), losses.nearest(truth, (5, 5), IGNORE))
+    assert torch.equal(losses.majority(truth, (7, 7)), losses.nearest(truth, (7, 7), IGNORE))  # no whole cells
+
+
+def test_a_term_may_name_its_scale():
+    out, b = output(), batch()
+    maps = [*out.side_logits, out.logits]
+    terms = {"cross_entropy/s1": 0.5, "focal/s3": 2.0}
+    total, values = losses.objective(out, b, terms)
+    assert values["cross_entropy/s1"] == losses.cross_entropy(maps[0], b.labels)
+    assert values["focal/s3"] == losses.focal(maps[2], b.labels)
+    assert total.item() == pytest.approx((0.5 * values["cross_entropy/s1"] + 2 * values["focal/s3"]).item())
+    # all scales at weight 1 are the answer's loss and Σ_k of the sides
+    deep = losses.objective(out, b, {f"cross_entropy/s{k}": 1.0 for k in (1, 2, 3)})[0]
+    both = losses.objective(out, b, {"cross_entropy": 1.0, "side_cross_entropy": 1.0})[0]
+    assert deep.item() == pytest.approx(both.item(), rel=1e-12)
+
+
+def test_scales_that_do_not_exist_are_named():
+    with pytest.raises(UserError, match="label map s9, but this model makes 3"):
+        losses.objective(output(), batch(), {"focal/s9": 1.0})
+    with pytest.raises(UserError, match="s1 for the coarsest, not '16'"):
+        losses.objective(output(), batch(), {"focal/16": 1.0})
+    with pytest.raises(UserError, match="did you mean 'focal'"):
+        losses.objective(output(), batch(), {"focl/s1": 1.0})
+
+
+def test_the_way_to_resize_reaches_the_term():
+    truth = torch.zeros(1, 4, 4, dtype=torch.int64)
+    truth[:, 2, 2] = 1  # the pixel that nearest takes
+    x = torch.zeros(1, 2, 1, 1, dtype=torch.float64)
+    x[:, 0] = 3.0
+    b = Batch(image=torch.zeros(1, 3, 4, 4), labels=truth)
+    near, most = (losses.objective(Output(logits=x), b, {"cross_entropy": 1.0}, None, how)[0] for how in losses.RESIZE)
+    assert near.item() == pytest.approx(3 + math.log1p(math.exp(-3)))
+    assert most.item() == pytest.approx(math.log1p(math.exp(-3)))
+
+
+# Lovász-softmax
+
+
+def test_lovasz_at_corners_is_the_jaccard_loss():
+    """At hard predictions the extension equals the set function: mean over classes of 1 - IoU."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(0, 3, (1, 8, 8), generator=generator)
+    answer = torch.randint(0, 3, (1, 8, 8), generator=generator)
+    x = F.one_hot(answer, 3).movedim(-1, 1).double() * 1e3
+    expected = []
+    for c in range(3):
+        both, either = ((truth == c) & (answer == c)).sum(), ((truth == c) | (answer == c)).sum()
+        expected.append(1 - (both / either).item())
+    assert losses.lovasz(x, truth).item() == pytest.approx(sum(expected) / 3, rel=1e-6)
+
+
+def test_lovasz_leaves_out_void_and_classes_of_weight_0():
+    x, truth = logits().detach(), labels()
+    changed = x.clone()
+    changed.movedim(1, -1)[truth == IGNORE] += 5.0
+    assert losses.lovasz(changed, truth) == losses.lovasz(x, truth)
+    weight = torch.ones(K, dtype=torch.float64)
+    each = []
+    for c in truth[truth != IGNORE].unique().tolist():
+        only = torch.zeros_like(weight)
+        only[c] = 1.0
+        each.append(losses.lovasz(x, truth, only).item())
+    assert losses.lovasz(x, truth, weight).item() == pytest.approx(sum(each) / len(each), rel=1e-12)
+    assert losses.lovasz(x, torch.full_like(truth, IGNORE)) == 0
+
+
+def test_lovasz_of_many_pixels_is_that_of_a_spread_sample(monkeypatch):
+    x, truth = torch.randn(1, K, 64, 64).double(), torch.randint(0, K, (1, 64, 64))
+    whole = losses.lovasz(x, truth).item()
+    monkeypatch.setattr(losses, "LOVASZ_PIXELS", 2048)
+    # half of 4096 pixels: the mean of K IoUs, each of some 800 pixels, moves by a few hundredths at most
+    assert losses.lovasz(x, truth).item() == pytest.approx(whole, abs=0.05)
+
+
+def test_lovasz_gradient():
+    x = logits(requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: losses.lovasz(v, labels()), (x,))

@@ -85,7 +85,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 
 def run(recipe, data, out, **options):
-    return training.train(recipe, data, out=out, workers=0, quiet=True, **options)
+    return training.train(recipe, data, out=out, **{"workers": 0, "quiet": True, **options})
 
 
 # Killing and resuming
@@ -285,6 +285,59 @@ def test_a_fresh_start_that_breaks_leaves_no_state_of_the_old_recipe(tmp_path):
     run(other, Boards(2), tmp_path)  # resumes nothing: same as in an empty folder
     run(other, Boards(2), tmp_path / "fresh")
     assert_same(weights_of(tmp_path), weights_of(tmp_path / "fresh"))
+
+
+def test_a_run_can_start_from_a_models_weights(tmp_path, capsys):
+    recipe = tiny(stage(epochs=1))
+    run(recipe, Boards(4), tmp_path / "first")
+    still = tiny(stage(epochs=1, lr=1e-12, schedule="constant"), name="still")
+    run(still, Boards(4), tmp_path / "second", init=tmp_path / "first", quiet=False)
+    assert "starts from" in capsys.readouterr().out
+    before, after = weights_of(tmp_path / "first"), weights_of(tmp_path / "second")
+    for name in (n for n in before if n.endswith(".weight")):
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-8)
+
+    # resumed, it goes on from its own state and not from the model again
+    moved = tiny(stage(epochs=2), name="moved")
+    run(moved, Boards(4), tmp_path / "whole", init=tmp_path / "first")
+    run(moved, Boards(4), tmp_path / "broken", init=tmp_path / "first", stop_after=3)
+    run(moved, Boards(4), tmp_path / "broken", init=tmp_path / "first")
+    assert_same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "broken"))
+
+
+def test_what_does_not_fit_starts_anew_and_is_named(tmp_path, capsys):
+    run(tiny(stage(epochs=1)), Boards(2), tmp_path / "first")
+    more = tiny(stage(epochs=1), arguments={"classes": CLASSES + 1})
+    run(more, Boards(2), tmp_path / "second", init=tmp_path / "first", quiet=False)
+    assert "random are classifier.bias, classifier.weight" in capsys.readouterr().out
+    other = Recipe(
+        "other", "lrn", {"classes": 3, "encoder": "vgg11_bn"}, (stage(losses={"focal": 1.0}),), scale=1.0, focal=None
+    )
+    with pytest.raises(UserError, match="no tensor of .* fits LRN"):
+        run(other, Boards(2), tmp_path / "third", init=tmp_path / "first")
+
+
+def test_a_file_of_class_weights_is_taken(tmp_path, monkeypatch):
+    from enfilade import labels
+    from enfilade.data import weights
+
+    names = labels.get("camvid11").names
+    rows = [{"name": n, "weight": 1.0 + i} for i, n in enumerate(names)]
+    path = tmp_path / "weights.json"
+    path.write_text(json.dumps({"space": "camvid11", "classes": rows}))
+    assert list(weights.read(path).values()) == [1.0 + i for i in range(11)]
+    seen = []
+    real = training.objective
+    monkeypatch.setattr(training, "objective", lambda *a: seen.append(a[3]) or real(*a))
+    arguments = {"classes": 11}
+    run(
+        tiny(stage(epochs=1), space="camvid11", class_weights=str(path), arguments=arguments),
+        Boards(2),
+        tmp_path / "run",
+    )
+    assert seen[0].tolist() == [1.0 + i for i in range(11)]
+    with pytest.raises(UserError, match="camvid11, not the 40 of nyu40"):
+        run(tiny(stage(epochs=1), class_weights=str(path)), Boards(2), tmp_path / "wrong")
 
 
 def test_half_written_files_of_a_killed_run_are_removed(tmp_path):

@@ -80,6 +80,7 @@ def score(
         if on_frame is not None:
             on_frame(i, sample, prediction)
     elapsed = time.perf_counter() - begun
+    augmentation = getattr(predictor, "augmentation", None)
     protocol = {
         "data": reader.name,
         "frames": count,
@@ -90,7 +91,7 @@ def score(
         "depth_cap_m": depth_cap,
         "ignored_classes": [space.names[c] for c in ignored],
         "classes_scored": len(space) - len(ignored),
-        "flip": bool(getattr(predictor, "flip", False)),
+        **({"flip": False} if augmentation is None else augmentation.describe(predictor.meta["size"])),
         "seconds_per_frame": elapsed / count,
     }
     result: dict[str, Any] = {"protocol": protocol, "names": list(space.names)}

@@ -6,33 +6,53 @@ interrupted table goes on where it stopped, and finished rows are not trained ag
 
 import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from enfilade import recipes
 from enfilade.errors import UserError, unknown
 
-SCORES = ("pixel_accuracy", "mean_accuracy", "miou")
+SCORES = {"PixAcc": "pixel_accuracy", "mAcc": "mean_accuracy", "mIoU": "miou"}
+CAMVID_CLASSES = (  # in the order of LRN's Table 2
+    *("building", "tree", "sky", "car", "sign", "road", "pedestrian", "fence", "pole", "pavement", "cyclist"),
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A table's row: its label there, the recipe that makes it, and what the paper reports (percent)."""
+    """A table's row: its label there, the recipe that makes it, and what the paper reports (percent), or nothing where
+    the row is ours alone. `stage` counts the label maps of one model (LRN Table 4), the coarsest first."""
 
     label: str
     recipe: str
-    paper: tuple[float, ...]
+    paper: tuple[float, ...] = ()
+    stage: int | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    title: str
-    rows: tuple[Row, ...]
+    """A paper's table.
 
+    `columns` are headings and where their score stands in a report: a key of its segmentation, or "accuracy of CLASS".
+    `across` puts the scores below each other and the rows side by side, which many columns need. `depth` adds the RMSE.
+    """
+
+    title: str
+    paper: str  # the paper's setting, in a sentence
+    rows: tuple[Row, ...]
+    columns: dict[str, str]
+    depth: bool = False
+    across: bool = False
+
+
+_GAD = "ResNet-50, 795 training and 654 test frames, 40 classes, 8 GPUs."
+_LRN = "VGG-16, 367 training and 233 test images of 480x360, about 80000 updates of batch 10."
 
 TABLES: dict[str, Table] = {
     "gad-table4": Table(
         "GAD Table 4, the ablation on NYUv2",
+        _GAD,
         (
             Row("sem-only", "gad-sem-only", (64.7, 44.1, 36.0)),
             Row("sem+Ls", "gad-Ls", (70.4, 50.3, 40.6)),
@@ -43,9 +63,12 @@ TABLES: dict[str, Table] = {
             Row("sem+Ls+DepEm+FeatProp+GAP", "gad-gap", (83.4, 65.6, 56.0)),
             Row("sem+Ls+DepEm+FeatProp+GAP+SPF", "gad-spf", (84.8, 68.7, 59.6)),
         ),
+        SCORES,
+        depth=True,
     ),
     "gad-table5": Table(
         "GAD Table 5, depth supervision for a share of the training samples",
+        _GAD,
         (
             Row("0 %", "gad-depth-0", (70.4, 50.3, 40.6)),
             Row("20 %", "gad-depth-20", (71.2, 51.0, 41.1)),
@@ -54,6 +77,48 @@ TABLES: dict[str, Table] = {
             Row("80 %", "gad-depth-80", (83.1, 70.3, 55.2)),
             Row("100 %", "gad-depth-100", (84.8, 68.7, 59.6)),
         ),
+        SCORES,
+        depth=True,
+    ),
+    "lrn-table2": Table(
+        "LRN Table 2, accuracy of each class on CamVid",
+        _LRN,
+        (
+            Row(
+                "SegNet",
+                "segnet-camvid",
+                (88.0, 87.3, 92.3, 80.0, 29.5, 97.6, 57.2, 49.4, 27.8, 84.8, 30.7, 65.9, 50.2),
+            ),
+            Row(
+                "SegNet+DS",
+                "segnet-ds-camvid",
+                (87.0, 85.1, 77.1, 79.8, 56.3, 94.8, 71.1, 50.5, 39.7, 88.6, 50.6, 70.1, 53.7),
+            ),
+            Row(
+                "LRN",
+                "lrn-camvid-plain",
+                (89.8, 88.1, 78.5, 86.3, 61.2, 96.8, 82.1, 59.0, 45.4, 92.6, 69.7, 77.2, 61.7),
+            ),
+            Row("LRN, majority", "lrn-camvid-majority"),
+            Row("FCN-8s", "fcn8s-camvid"),
+            Row("U-Net (peer)", "unet-camvid"),
+        ),
+        {
+            **{name: f"accuracy of {name}" for name in CAMVID_CLASSES},
+            "class average": "mean_accuracy",
+            "mIoU": "miou",
+            "pixel accuracy": "pixel_accuracy",
+        },
+        across=True,
+    ),
+    "lrn-table4": Table(
+        "LRN Table 4 (b), the label maps of one model on CamVid",
+        _LRN,
+        tuple(
+            Row(f"s{k}", "lrn-camvid", (miou,), stage=k)
+            for k, miou in enumerate((50.9, 55.5, 59.1, 60.9, 61.4, 61.7), 1)
+        ),
+        {"mIoU": "miou"},
     ),
 }
 
@@ -77,6 +142,8 @@ def reproduce(
     seed: int = 0,
     workers: int = 1,
     quiet: bool = False,
+    model: str | None = None,
+    strips: int = 4,
 ) -> str:
     """Train and score the rows of a paper's table; returns it as Markdown and writes it to `out`/<table>.md and .json.
 
@@ -85,8 +152,11 @@ def reproduce(
         encoder_weights: file of pretrained encoder weights, "timm", or None for random ones (said in the table).
         epochs: passes per stage instead of the recipe's own.
         rows: recipe names or labels; all by default. A row whose input the data lacks is left out, and said so.
+        model: score this trained model in every row instead of training (the label maps of one model, LRN Table 4).
+        strips: images in the picture of a table of label maps (<table>.png).
         limit: use only the first so many training samples (a smoke run; said in the table).
     """
+    from enfilade.checkpoint import resolve
     from enfilade.data import open_dataset
     from enfilade.evaluate import score
     from enfilade.images import write_atomic
@@ -106,6 +176,9 @@ def reproduce(
         recipe = recipes.get(row.recipe, encoder_weights).replace(seed=seed)
         if epochs is not None:
             recipe = recipe.with_stages(epochs=epochs)
+        if recipe.model == "peer" and find_spec("segmentation_models_pytorch") is None:
+            left_out.append(f"{row.label}: needs segmentation_models_pytorch (pip install 'enfilade[peers]')")
+            continue
         options = {"hha": True} if recipe.arguments.get("hha") else {}
         try:
             train_data = open_dataset(data, root, "train", **options)
@@ -120,27 +193,72 @@ def reproduce(
         if not quiet:
             print(f"\n{row.label} ({row.recipe})", flush=True)
         folder = out / row.recipe
-        run = train(recipe, train_data, None, out=folder, workers=workers, quiet=quiet)
-        report = scored(folder, len(val_data))
+        run: dict[str, Any] = {}
+        if model is None:
+            run = train(recipe, train_data, None, out=folder, workers=workers, quiet=quiet)
+            weights = folder / "final.safetensors"
+        else:
+            weights = resolve(model)
+        file = folder / (f"report-s{row.stage}.json" if row.stage else "report.json")
+        report = scored(file, weights, len(val_data))
         if report is None:
-            report = score(load(folder / "final.safetensors", flip=False), val_data, quiet=quiet)
-            write_report(report, folder / "report.json")
-        ours = {k: report["segmentation"][k] for k in SCORES} | {"rmse": report.get("depth", {}).get("rmse")}
+            predictor = load(weights, flip=False)
+            if row.stage:
+                predictor = at_stage(predictor, row.stage)
+            report = score(predictor, val_data, quiet=quiet)
+            write_report(report, file)
+        ours = {where: value(report, where) for where in chosen.columns.values()}
+        ours["rmse"] = report.get("depth", {}).get("rmse")
         results.append({"label": row.label, "recipe": row.recipe, "paper": row.paper, "ours": ours, "run": run})
-        text = markdown(chosen, results, recipe, encoder_weights, len(train_data), report["protocol"], limit, left_out)
+        setting = ours_setting(recipe, encoder_weights, len(train_data), report["protocol"], limit, model)
+        text = markdown(chosen, results, setting, left_out)
         write_atomic(out / f"{table}.md", text.encode())
         write_report({"table": table, "rows": results, "left_out": left_out}, out / f"{table}.json")
     if not results:
         raise UserError(f"no row of {table} could be run: " + "; ".join(left_out))
+    if strips and any(row.stage for row in wanted):
+        weights = resolve(model) if model is not None else out / wanted[0].recipe / "final.safetensors"
+        stage_strips(load(weights, flip=False), val_data, out / f"{table}.png", strips)
     return text
 
 
-def scored(folder: Path, frames: int) -> dict[str, Any] | None:
+def value(report: dict[str, Any], where: str) -> float | None:
+    """A score of a report: a key of its segmentation, or "accuracy of CLASS"."""
+    if name := where.removeprefix("accuracy of ") * where.startswith("accuracy of "):
+        return {row["name"]: row["accuracy"] for row in report["segmentation"]["per_class"]}.get(name)
+    return report["segmentation"][where]
+
+
+def at_stage(predictor, stage: int):
+    """A predictor that answers with the `stage`-th label map of its network, up-sampled (LRN Section 5.5)."""
+    from enfilade.models.label_refinement import Stage
+    from enfilade.predict import Predictor
+
+    return Predictor(
+        Stage(predictor.network, stage - 1), predictor.meta, device=predictor.device, flip=predictor.augmentation.flip
+    )
+
+
+def stage_strips(predictor, reader, path: str | Path, count: int) -> None:
+    """Write a picture of `count` images of a reader, evenly spread: photo, the label maps from the coarsest to the
+    finest, and the truth (LRN Figure 5)."""
+    from enfilade.images import write_png
+    from enfilade.viz import strips
+
+    stages = [at_stage(predictor, k) for k in range(1, 7)]
+    rows = []
+    for i in range(count):
+        sample = reader[(2 * i + 1) * len(reader) // (2 * count)]
+        answers = {f"s{k}": p.predict(sample.image).labels for k, p in enumerate(stages, 1)}
+        rows.append((sample.image, answers | {"truth": sample.labels}))
+    write_png(Path(path), strips(rows, reader.space))
+
+
+def scored(file: Path, weights: Path, frames: int) -> dict[str, Any] | None:
     """The report of a finished row, if it is newer than the weights and covers as many frames."""
-    report = folder / "report.json"
-    if not report.is_file() or report.stat().st_mtime < (folder / "final.safetensors").stat().st_mtime:
+    if not file.is_file() or file.stat().st_mtime < weights.stat().st_mtime:
         return None
-    saved = json.loads(report.read_text())
+    saved = json.loads(file.read_text())
     return saved if saved["protocol"]["frames"] == frames else None
 
 
@@ -163,29 +281,46 @@ class First:
         return getattr(self.reader, name)
 
 
-def markdown(table: Table, results, recipe, encoder_weights, count, protocol, limit, left_out) -> str:
+def ours_setting(recipe, encoder_weights, count: int, protocol: dict[str, Any], limit, model) -> str:
+    """What was run, in two sentences."""
+    stages = ", then ".join(f"{s.epochs} epochs of batch {s.batch} at {s.size[1]}x{s.size[0]}" for s in recipe.stages)
+    how = f"trained already ({model})"
+    if model is None:
+        weights = "random encoder weights" if encoder_weights is None else "ImageNet encoder weights"
+        how = f"{recipe.arguments['encoder']} ({weights}), {count} training images, {stages}, seed {recipe.seed}"
+    return (
+        f"Ours: {how}; {protocol['frames']} images of {protocol['data']}, {protocol['classes_scored']} classes,"
+        f" crop {protocol['crop']}, no flip." + (f" A smoke run: only the first {limit} samples." if limit else "")
+    )
+
+
+def markdown(table: Table, results: list[dict[str, Any]], setting: str, left_out: list[str]) -> str:
     """Paper columns | our columns, and under them what was run."""
-    stage = recipe.stages[0]
-    epochs = sum(s.epochs for s in recipe.stages)
-    lines = [
-        f"### {table.title}",
-        "",
-        "| row | paper PixAcc | paper mAcc | paper mIoU | ours PixAcc | ours mAcc | ours mIoU | ours depth RMSE (m) |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+
+    def percent(number: float | None) -> str:
+        return "-" if number is None else f"{number:.1f}"
+
+    names = list(table.columns)
+    papers = [dict(zip(names, r["paper"])) for r in results]
+    ours = []
     for r in results:
-        ours = [100 * r["ours"][k] for k in SCORES]
-        rmse = r["ours"]["rmse"]
-        cells = [*(f"{v:.1f}" for v in r["paper"]), *(f"{v:.1f}" for v in ours), "-" if rmse is None else f"{rmse:.3f}"]
-        lines.append(f"| {r['label']} | " + " | ".join(cells) + " |")
-    weights = "random encoder weights" if encoder_weights is None else "ImageNet encoder weights"
-    lines += [
-        "",
-        f"Paper: ResNet-50, 795 training and 654 test frames, 40 classes, 8 GPUs. Ours: {recipe.arguments['encoder']}"
-        f" ({weights}), {count} training and {protocol['frames']} validation frames of {protocol['data']},"
-        f" {protocol['classes_scored']} classes, {epochs} epochs of batch {stage.batch} at"
-        f" {stage.size[1]}x{stage.size[0]}, seed {recipe.seed}, crop {protocol['crop']}, no flip."
-        + (f" A smoke run: only the first {limit} samples." if limit else ""),
-    ]
-    lines += [f"Left out: {text}" for text in left_out]
+        scores = {name: r["ours"][where] for name, where in table.columns.items()}
+        ours.append({name: None if score is None else 100 * score for name, score in scores.items()})
+    if table.across:
+        known = [(r, paper) for r, paper in zip(results, papers) if paper]
+        heads = ["", *(f"paper {r['label']}" for r, _ in known), *(f"ours {r['label']}" for r in results)]
+        body = [
+            [name, *(percent(paper.get(name)) for _, paper in known), *(percent(o[name]) for o in ours)]
+            for name in names
+        ]
+    else:
+        heads = ["row", *(f"paper {n}" for n in names), *(f"ours {n}" for n in names)]
+        heads += ["ours depth RMSE (m)"] * table.depth
+        body = []
+        for r, paper, own in zip(results, papers, ours):
+            cells = [r["label"], *(percent(paper.get(n)) for n in names), *(percent(own[n]) for n in names)]
+            rmse = r["ours"]["rmse"]
+            body.append(cells + ["-" if rmse is None else f"{rmse:.3f}"] * table.depth)
+    lines = [f"### {table.title}", "", *(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *body))]
+    lines += ["", f"Paper: {table.paper} {setting}", *(f"Left out: {text}" for text in left_out)]
     return "\n".join(lines) + "\n"

@@ -19,7 +19,7 @@ from enfilade.errors import UserError, unknown
 from enfilade.types import IGNORE, Batch, Output
 
 Weights = Float[Tensor, "k"] | None
-Term = Callable[[Output, Batch, Weights, str], Tensor]
+Term = Callable[..., Tensor]  # of (output, batch, class weights, resize="nearest")
 
 
 def full(x: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def lovasz(
     for c in truth.unique().tolist():
         if weight is not None and weight[c] == 0:
             continue
-        of_class = (truth == c).float()
+        of_class = (truth == c).to(probabilities.dtype)
         errors, order = (of_class - probabilities[:, c]).abs().sort(descending=True)
         terms.append(errors @ jaccard_gradient(of_class[order]))
     return torch.stack(terms).mean() if terms else full(logits).sum() * 0
@@ -194,7 +194,7 @@ def present(value, what: str):
 
 
 def _semantic(term) -> Term:
-    def loss(output: Output, batch: Batch, weight: Weights, resize: str) -> Tensor:
+    def loss(output: Output, batch: Batch, weight: Weights, resize: str = "nearest") -> Tensor:
         logits, labels = present(output.logits, "label logits"), present(batch.labels, "labels")
         return term(logits, RESIZE[resize](labels, logits.shape[-2:]), weight)
 
@@ -202,7 +202,7 @@ def _semantic(term) -> Term:
 
 
 def _sides(term) -> Term:
-    def loss(output: Output, batch: Batch, weight: Weights, resize: str) -> Tensor:
+    def loss(output: Output, batch: Batch, weight: Weights, resize: str = "nearest") -> Tensor:
         labels = present(batch.labels, "labels")
         sides = present(output.side_logits or None, "side outputs")
         values = [term(side, RESIZE[resize](labels, side.shape[-2:]), weight) for side in sides]
@@ -212,7 +212,7 @@ def _sides(term) -> Term:
 
 
 def _depth(term) -> Term:
-    def loss(output: Output, batch: Batch, weight: Weights, resize: str) -> Tensor:
+    def loss(output: Output, batch: Batch, weight: Weights, resize: str = "nearest") -> Tensor:
         depth = present(output.depth, "predicted depth")
         return depth.sum() * 0 if batch.depth is None else term(depth, batch.depth)
 

@@ -4,9 +4,10 @@
     prediction = predictor.predict("photo.jpg")
 
 The network sees every image at the scale it was trained on: resized, keeping the aspect ratio, to the *area* of its
-training input. Its depth is that of a canonical camera, whose focal length at the network's input is `meta["focal"]`
-pixels; a real camera of f_input pixels there sees everything f_input / focal times farther. So metres need a camera:
-given, or from EXIF, or else assumed to be the canonical one, and the prediction says which.
+training input (other scales, windows and mirror images: `tta`). Its depth is that of a canonical camera, whose focal
+length at the network's input is `meta["focal"]` pixels; a real camera of f_input pixels there sees everything
+f_input / focal times farther. So metres need a camera: given, or from EXIF, or else assumed to be the canonical one,
+and the prediction says which.
 """
 
 import math
@@ -27,7 +28,7 @@ from jaxtyping import Float, Float32, UInt8
 from numba import njit
 from torch import Tensor, nn
 
-from enfilade import images, labels, viz
+from enfilade import images, labels, tta, viz
 from enfilade.camera import Camera
 from enfilade.errors import UserError
 from enfilade.types import Output, Prediction
@@ -44,10 +45,17 @@ MIN_SIDE = 32  # of the network's input, for images of extreme shape
 
 class Predictor:
     """A network ready to predict. `meta` is its file's header (see `checkpoint`): "space", "size" (height, width of
-    the input in training) and "focal" (pixels at that width), each with a default.
+    the input in training) and "focal" (pixels at that width), each with a default; and "scale" (source pixels to
+    network pixels in training), which resolution="source" needs.
 
-    `flip` averages probabilities and depth over the image and its mirror image, at twice the time. `precision` is
-    "fp32", "bf16" or "auto": bf16 on a GPU, fp32 on a CPU. `device` defaults to a GPU where there is one.
+    `flip` averages probabilities and depth over the image and its mirror image, at twice the time. `scales` are the
+    factors of the training scale at which the network sees the image, to be averaged. `window` covers the image by
+    windows of a size, (height, width) in network pixels, "WIDTHxHEIGHT", or a factor of the training input, which
+    share `overlap` of their sides; their answers are blended. With `resolution` "source" the training scale is a
+    factor of the image's own pixels, not the area of the training input. See `tta.Augmentation`.
+
+    `precision` is "fp32", "bf16" or "auto": bf16 on a GPU, fp32 on a CPU. `device` defaults to a GPU where there is
+    one.
     """
 
     def __init__(
@@ -57,17 +65,24 @@ class Predictor:
         *,
         device: str | torch.device | None = None,
         flip: bool = True,
+        scales: Sequence[float] = (1.0,),
+        window: float | str | Sequence[int] | None = None,
+        overlap: float = 0.5,
+        resolution: tta.Resolution = "area",
         precision: Literal["fp32", "bf16", "auto"] = "auto",
     ):
         if precision not in ("fp32", "bf16", "auto"):
             raise UserError(f"precision is fp32, bf16 or auto, not {precision!r}")
         self.device = _device(device)
         self.meta = DEFAULTS | (meta or {})
-        self.flip = flip
+        self.augmentation = tta.Augmentation(flip, scales, window, overlap, resolution)
         self.precision = precision
         self.space = labels.get(self.meta["space"])
         height, width = self.meta["size"]
         self.area = int(height * width)
+        self.window = self.augmentation.window_size((height, width))
+        if resolution == "source" and not self.meta.get("scale"):
+            raise UserError("this model's file does not tell its training scale: leave resolution=source out")
         self.focal = float(self.meta.get("focal") or NYU_FOCAL * width / NYU_WIDTH)
         self.network = network.eval().to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore
 
@@ -102,18 +117,26 @@ class Predictor:
         at most `batch_size` at once. All are held in memory: for many files, use `stream` or `predict_many`."""
         read = [images.read(source) for source in sources]
         placed = [self._camera(image, camera, fov) for image in read]
-        inputs = [self.prepare(image.rgb) for image in read]
+        scales = sorted(self.augmentation.scales, reverse=True)  # the largest first: the others join its grid
+        inputs = [[self.prepare(image.rgb, scale) for scale in scales] for image in read]
         if "hha" in getattr(self.network, "uses", ()):
             if hha is None:
                 raise UserError("this model takes HHA beside RGB: give hha, made from depth by enfilade.ops.hha")
-            inputs = [np.concatenate([rgb, self.prepare(maps)]) for rgb, maps in zip(inputs, hha)]
+            for seen, maps in zip(inputs, hha):
+                seen[:] = [np.concatenate([rgb, self.prepare(maps, scale)]) for rgb, scale in zip(seen, scales)]
+        shapes = [image.rgb.shape for image in read]
+        sizes = [[self.input_size(height, width, scale) for scale in (1.0, *scales)] for height, width, _ in shapes]
+        at_once = batch_size if self.window is None else 1  # windows come in batches of their own
         predictions = []
         while len(predictions) < len(inputs):
             first = len(predictions)
             last = first + 1
-            while last < min(len(inputs), first + batch_size) and inputs[last].shape == inputs[first].shape:
+            while last < min(len(inputs), first + at_once) and sizes[last] == sizes[first]:
                 last += 1
-            output = self.infer(torch.from_numpy(np.stack(inputs[first:last])))
+            stacked = (torch.from_numpy(np.stack(seen)) for seen in zip(*inputs[first:last]))
+            (h, w), *larger = sizes[first]
+            factors = [math.sqrt(h2 * w2 / (h * w)) for h2, w2 in larger]
+            output = tta.average((self.infer(seen), factor) for seen, factor in zip(stacked, factors))
             predictions += [self._finish(read[i], *placed[i], output, i - first) for i in range(first, last)]
         return predictions
 
@@ -145,26 +168,43 @@ class Predictor:
         except UserError as error:
             return error
 
-    def input_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width at which the network sees an image: the aspect ratio kept, the area that of training. No
-        side is below 32, which distorts images more than 75 times as long as wide (at 320 x 240)."""
-        scale = math.sqrt(self.area / (height * width))
-        low, high = MIN_SIDE, max(MIN_SIDE, self.area // MIN_SIDE)
-        return min(max(round(height * scale), low), high), min(max(round(width * scale), low), high)
+    def input_size(self, height: int, width: int, scale: float = 1.0) -> tuple[int, int]:
+        """Height and width at which the network sees an image: the aspect ratio kept, the sides `scale` times those of
+        the area of training (with resolution "source", of the image in the training's network pixels). No side is
+        below 32, which distorts images more than 75 times as long as wide (at 320 x 240)."""
+        if self.augmentation.resolution == "source":
+            area = height * width * float(self.meta["scale"]) ** 2
+        else:
+            area = self.area
+        factor = math.sqrt(area / (height * width)) * scale
+        low, high = MIN_SIDE, max(MIN_SIDE, int(area * scale**2) // MIN_SIDE)
+        return min(max(round(height * factor), low), high), min(max(round(width * factor), low), high)
 
-    def prepare(self, rgb: Float32[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "3 h2 w2"]:
+    def prepare(self, rgb: Float32[np.ndarray, "h w 3"], scale: float = 1.0) -> Float32[np.ndarray, "3 h2 w2"]:
         """The network's input: averaged over areas when it shrinks, interpolated when it grows."""
-        height, width = self.input_size(*rgb.shape[:2])
+        height, width = self.input_size(rgb.shape[0], rgb.shape[1], scale)
         how = cv2.INTER_AREA if height * width < rgb.shape[0] * rgb.shape[1] else cv2.INTER_LINEAR
         return np.ascontiguousarray(cv2.resize(rgb, (width, height), interpolation=how).transpose(2, 0, 1))
 
     @torch.inference_mode()
     def infer(self, image: Float[Tensor, "b c h w"]) -> Output:
-        """Class probabilities (in `logits`) and canonical depth, at the network's own resolution, averaged over the
-        image and its mirror image where `flip` is on. `image` is RGB, followed by HHA for a network that takes it."""
+        """Class probabilities (in `logits`) and canonical depth of one scale, on the network's own grid or that of
+        `tta.slide`: blended over windows, averaged over the image and its mirror image, where the predictor has them.
+        `image` is RGB, followed by HHA for a network that takes it."""
         image = image.to(self.device)
-        if self.flip:
+        if self.augmentation.flip:
             image = torch.cat([image, image.flip(-1)])
+        if self.window is None:
+            output = self._forward(image)
+        else:
+            output = tta.slide(self._forward, image, self.window, self.augmentation.overlap)
+        if not self.augmentation.flip:
+            return output
+        probabilities, depth = (x if x is None else tta.unflip(x) for x in (output.logits, output.depth))
+        return Output(logits=probabilities, depth=depth)
+
+    def _forward(self, image: Float[Tensor, "b c h w"]) -> Output:
+        """The network's answer, in fp32 and checked, with probabilities for logits."""
         bf16 = self.precision == "bf16" or (self.precision == "auto" and self.device.type == "cuda")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             rgb, more = image[:, :3].contiguous(memory_format=torch.channels_last), image[:, 3:]
@@ -182,8 +222,6 @@ class Predictor:
         for answer in (probabilities, depth):
             if answer is not None and not answer.isfinite().all():
                 raise UserError("the network answers NaN or infinity: its weights are broken, or try precision='fp32'")
-        if self.flip:
-            probabilities, depth = (x if x is None else _unflip(x) for x in (probabilities, depth))
         return Output(logits=probabilities, depth=depth)
 
     def _finish(self, image: images.Image, camera: Camera, source: str, output: Output, index: int) -> Prediction:
@@ -243,12 +281,6 @@ def _device(device: str | torch.device | None) -> torch.device:
     return device
 
 
-def _unflip(both: Float[Tensor, "b2 ..."]) -> Float[Tensor, "b ..."]:
-    """The mean over images (first half) and their mirror images (second half)."""
-    straight, mirrored = both.chunk(2)
-    return (straight + mirrored.flip(-1)) / 2
-
-
 def decide(
     probabilities: Float32[np.ndarray, "k h2 w2"], height: int, width: int
 ) -> tuple[UInt8[np.ndarray, "h w"], Float32[np.ndarray, "h w"]]:
@@ -305,14 +337,19 @@ def load(
     device: str | torch.device | None = None,
     *,
     flip: bool = True,
+    scales: Sequence[float] = (1.0,),
+    window: float | str | Sequence[int] | None = None,
+    overlap: float = 0.5,
+    resolution: tta.Resolution = "area",
     precision: Literal["fp32", "bf16", "auto"] = "auto",
 ) -> Predictor:
-    """A predictor from a shipped model's name, a model file or a run's folder. Raises UserError, see
-    `checkpoint.load`."""
+    """A predictor from a shipped model's name, a model file or a run's folder; for the options see `Predictor`. Raises
+    UserError, see `checkpoint.load`."""
     from enfilade.checkpoint import load as load_checkpoint
 
+    augmentation = tta.Augmentation(flip, scales, window, overlap, resolution)  # complains before anything is read
     loaded = load_checkpoint(model)
-    return Predictor(loaded.network, loaded.meta, device=device, flip=flip, precision=precision)
+    return Predictor(loaded.network, loaded.meta, device=device, precision=precision, **augmentation.options())
 
 
 _loaded = lru_cache(maxsize=1)(load)
@@ -326,10 +363,15 @@ def predict(
     fov: float | None = None,
     device: str | torch.device | None = None,
     flip: bool = True,
+    scales: Sequence[float] = (1.0,),
+    window: float | str | Sequence[int] | None = None,
+    overlap: float = 0.5,
+    resolution: tta.Resolution = "area",
     precision: Literal["fp32", "bf16", "auto"] = "auto",
 ) -> Prediction:
     """Predict on one image; see `Predictor`. The last model used is kept for the next call."""
-    return _loaded(model, device, flip=flip, precision=precision).predict(source, camera=camera, fov=fov)
+    options = tta.Augmentation(flip, scales, window, overlap, resolution).options()
+    return _loaded(model, device, precision=precision, **options).predict(source, camera=camera, fov=fov)
 
 
 def save(

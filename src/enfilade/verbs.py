@@ -37,7 +37,7 @@ from enfilade.options import (
     read_camera,
     use_threads,
 )
-from enfilade.verbs_data import DataCheck, DataHHA, DataPrepare, DataShow
+from enfilade.verbs_data import DataCheck, DataHHA, DataPrepare, DataShow, DataWeights
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,14 @@ class Predict:
     """JSON file instead: {"fx", "fy", "cx", "cy"} and optionally "width", "height" of the image they belong to."""
     flip: Flag = True
     """Without it the answers for the image and its mirror image are averaged: better, at twice the time."""
+    scales: Annotated[tuple[float, ...], arg(metavar="S [S ...]")] = (1.0,)
+    """Average over these factors of the training scale; S costs S times S the time."""
+    window: Annotated[str | None, arg(metavar="WIDTHxHEIGHT|FACTOR", help_behavior_hint="")] = None
+    """Cover the image by windows of so many network pixels, or of so many training inputs, and blend their answers."""
+    overlap: Annotated[float, arg(metavar="SHARE")] = 0.5
+    """Share of a window's side that it has in common with the next."""
+    resolution: Literal["area", "source"] = "area"
+    """What scale 1 is: the area of the training input, or the image's own pixels times the training's factor."""
     every: Count = 1
     """Of a video, take each N-th frame."""
     device: Device = None
@@ -88,7 +96,16 @@ class Predict:
 
         camera = self._camera()
         use_threads()
-        predictor = load(self.model, self.device, flip=self.flip, precision=self.precision)
+        predictor = load(
+            self.model,
+            self.device,
+            flip=self.flip,
+            scales=self.scales,
+            window=self.window,
+            overlap=self.overlap,
+            resolution=self.resolution,
+            precision=self.precision,
+        )
 
         def tell(path: str, result: dict[str, Any] | UserError) -> None:
             if isinstance(result, UserError):
@@ -148,7 +165,7 @@ class Train:
     recipe: Annotated[Positional[str], arg(metavar="RECIPE", help_behavior_hint="")]
     """What to train; `enfilade info` lists the recipes."""
     data: Name
-    """The data set: nyuv2, frames or rooms."""
+    """The data set: nyuv2, camvid, sunrgbd, voc2012, frames or rooms."""
     out: Folder
     """Run folder: its state, models, logs and TensorBoard events."""
     root: MaybeFolder = None
@@ -163,6 +180,8 @@ class Train:
     """Split to validate on; none for no validation."""
     option: Options = ()
     """Option of the data set's reader, e.g. --option length=200 for rooms."""
+    init: Annotated[str | None, arg(metavar="NAME|FILE|RUN", help_behavior_hint="")] = None
+    """Start from this model's weights, as far as they fit, instead of from the encoder's alone."""
     resume: Flag = True
     """Start anew; without it a run in DIR is continued."""
     skip_nonfinite: Flag = False
@@ -194,6 +213,7 @@ class Train:
             train_data,
             val_data,
             out=self.out,
+            init=self.init,
             resume=self.resume,
             skip_nonfinite=self.skip_nonfinite,
             save_every=self.save_every,
@@ -210,7 +230,7 @@ class Evaluate:
     """Score a model on a data set, at the truth's own size; prints a table and writes a report."""
 
     data: Name
-    """The data set: nyuv2, frames or rooms."""
+    """The data set: nyuv2, camvid, sunrgbd, voc2012, frames or rooms."""
     model: Model = "gad-nyuv2"
     """A shipped model, a model file, or the folder of a training run."""
     root: MaybeFolder = None
@@ -229,6 +249,14 @@ class Evaluate:
     """Truth beyond this does not count."""
     flip: Flag = True
     """Without it the answers for the image and its mirror image are averaged: better, at twice the time."""
+    scales: Annotated[tuple[float, ...], arg(metavar="S [S ...]")] = (1.0,)
+    """Average over these factors of the training scale; S costs S times S the time."""
+    window: Annotated[str | None, arg(metavar="WIDTHxHEIGHT|FACTOR", help_behavior_hint="")] = None
+    """Cover the image by windows of so many network pixels, or of so many training inputs, and blend their answers."""
+    overlap: Annotated[float, arg(metavar="SHARE")] = 0.5
+    """Share of a window's side that it has in common with the next."""
+    resolution: Literal["area", "source"] = "area"
+    """What scale 1 is: the area of the training input, or the image's own pixels times the training's factor."""
     limit: MaybeCount = None
     """Score only the first N samples."""
     device: Device = None
@@ -247,7 +275,16 @@ class Evaluate:
         if self.out is not None:
             make_folder(self.out)  # rather now than after an hour of scoring
         use_threads()
-        predictor = enfilade.load(self.model, self.device, flip=self.flip, precision=self.precision)
+        predictor = enfilade.load(
+            self.model,
+            self.device,
+            flip=self.flip,
+            scales=self.scales,
+            window=self.window,
+            overlap=self.overlap,
+            resolution=self.resolution,
+            precision=self.precision,
+        )
         result = enfilade.evaluate(
             predictor,
             reader,
@@ -273,9 +310,9 @@ class Reproduce:
     """Train and score the rows of a paper's table, the paper's numbers beside ours; goes on where it stopped."""
 
     table: Annotated[Positional[str], arg(metavar="TABLE", help_behavior_hint="")]
-    """gad-table4 or gad-table5."""
+    """gad-table4, gad-table5, lrn-table2 or lrn-table4."""
     data: Name
-    """The data set: nyuv2, frames or rooms."""
+    """The data set: nyuv2, camvid, sunrgbd, voc2012, frames or rooms."""
     out: Folder
     """Folder for the runs and the table."""
     root: MaybeFolder = None
@@ -286,6 +323,8 @@ class Reproduce:
     """Passes over the data in each stage, instead of the recipe's."""
     rows: Annotated[tuple[str, ...], arg(metavar="ROW [ROW ...]", help_behavior_hint="")] = ()
     """Only these rows, by recipe or label; default: all."""
+    model: Annotated[str | None, arg(metavar="NAME|FILE|RUN", help_behavior_hint="")] = None
+    """Score this trained model in every row instead of training (lrn-table4: all rows are one model's maps)."""
     limit: MaybeCount = None
     """Only the first N samples: a smoke run."""
     seed: Count = 0
@@ -313,6 +352,7 @@ class Reproduce:
             limit=self.limit,
             seed=self.seed,
             workers=self.workers,
+            model=self.model,
         )
         print(text)
         return 0
@@ -340,6 +380,42 @@ class Demo:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a model as one file that runs without Enfilade and torch, compare it with torch, and time both."""
+
+    out: Annotated[str, arg(metavar="FILE")]
+    """The file to write."""
+    model: Model = "gad-nyuv2"
+    """A shipped model, a model file, or the folder of a training run."""
+    format: Name = "onnx"
+    """Of the file: onnx."""
+    opset: Count = 20
+    """Version of ONNX's operators, 19 to 23."""
+    size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint="")] = None
+    """Image to time by; default: the training's. The file takes any size."""
+    check: Flag = True
+    """Neither compare nor time; without it both are done, and a file that differs from torch is not written."""
+    threads: MaybeCount = None
+    """Threads to time with; default: OMP_NUM_THREADS, or all cores."""
+    json: Flag = False
+    """Print the report as JSON."""
+
+    def run(self) -> int:
+        size = None
+        if self.size is not None:
+            sides = self.size.lower().split("x")
+            if len(sides) != 2 or not all(side.isdecimal() for side in sides):
+                raise UserError(f"--size is WIDTHxHEIGHT in pixels, such as 320x240, not {self.size!r}")
+            size = int(sides[1]), int(sides[0])
+        from enfilade import export
+
+        use_threads(self.threads)
+        report = export.export(self.model, self.out, format=self.format, size=size, opset=self.opset, check=self.check)
+        print(json.dumps(report.as_dict(), indent=1) if self.json else export.table(report))
+        return 0
+
+
+@dataclass(frozen=True)
 class Info:
     """Say what is installed and on which machine; list models, recipes, tables and data sets."""
 
@@ -358,7 +434,20 @@ class Info:
         return 0
 
 
-Verb = Predict | Train | Evaluate | Reproduce | DataPrepare | DataHHA | DataCheck | DataShow | Demo | Info
+Verb = (
+    Predict
+    | Train
+    | Evaluate
+    | Reproduce
+    | DataPrepare
+    | DataHHA
+    | DataCheck
+    | DataShow
+    | DataWeights
+    | Export
+    | Demo
+    | Info
+)
 
 VERBS: dict[str, type[Verb]] = {
     "predict": Predict,
@@ -369,6 +458,8 @@ VERBS: dict[str, type[Verb]] = {
     "data hha": DataHHA,
     "data check": DataCheck,
     "data show": DataShow,
+    "data weights": DataWeights,
+    "export": Export,
     "demo": Demo,
     "info": Info,
 }

@@ -76,7 +76,7 @@ class DataCheck:
     """Read every sample of a data set once; say what is in it and name what is broken."""
 
     name: Annotated[Positional[str], arg(metavar="NAME", help_behavior_hint="")]
-    """The data set: nyuv2, frames or rooms."""
+    """The data set: nyuv2, camvid, sunrgbd, voc2012, frames or rooms."""
     root: MaybeFolder = None
     """Folder of the data (rooms are rendered and need none)."""
     split: Name = "train"
@@ -99,7 +99,7 @@ class DataShow:
     """Draw some samples of a data set on one sheet: RGB, labels, depth."""
 
     name: Annotated[Positional[str], arg(metavar="NAME", help_behavior_hint="")]
-    """The data set: nyuv2, frames or rooms."""
+    """The data set: nyuv2, camvid, sunrgbd, voc2012, frames or rooms."""
     root: MaybeFolder = None
     """Folder of the data (rooms are rendered and need none)."""
     split: Name = "train"

@@ -307,6 +307,30 @@ def contact_sheet(
     return sheet
 
 
+def strips(
+    rows: Sequence[tuple[Float[np.ndarray, "_ _ 3"], dict[str, UInt8[np.ndarray, "_ _"]]]],
+    space: LabelSpace,
+    width: int = 240,
+) -> UInt8[np.ndarray, "h w 3"]:
+    """One row a photo: the photo, then each of its label maps in colour under its title, `width` pixels wide each."""
+    titles = ["Photo", *rows[0][1]]
+    heights = [round(width * photo.shape[0] / photo.shape[1]) for photo, _ in rows]
+    size, head = 15, 26
+    across = MARGIN * 2 + len(titles) * (width + GAP) - GAP
+    sheet = Image.new("RGB", (across, head + MARGIN + sum(h + GAP for h in heights)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, title in enumerate(titles):
+        draw.text((MARGIN + i * (width + GAP), MARGIN + 2), title, INK, _font(size), anchor="lm")
+    top = head
+    for (photo, maps), height in zip(rows, heights):
+        cells = [_scaled(as_uint8(photo), width, height)]
+        cells += [_scaled(space.colourise(labels), width, height, smooth=False) for labels in maps.values()]
+        for i, cell in enumerate(cells):
+            sheet.paste(cell, (MARGIN + i * (width + GAP), top))
+        top += height + GAP
+    return np.asarray(sheet)
+
+
 def error_map(
     predicted: Float[np.ndarray, "h w"], truth: Float[np.ndarray, "h w"], worst: float = 1.0
 ) -> UInt8[np.ndarray, "h w 3"]:
