@@ -7,7 +7,6 @@ of anything else that names the run (recipe, data, frames, ...); a bare `compute
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +14,8 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Float, Integer
 from PIL import Image, ImageDraw, ImageFont
+
+from enfilade.images import make_folder, write_atomic
 
 SEGMENTATION_ROWS = {
     "miou": "mean IoU",
@@ -50,12 +51,6 @@ def progress(items: Iterable[T], title: str, quiet: bool = False) -> Iterable[T]
     return track(items, title, total, console=console, transient=True, disable=quiet or not console.is_terminal)
 
 
-def _temporary(path: Path) -> Path:
-    """A name in the same folder, to be moved over `path` when complete; the folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
-
-
 def _plain(value):
     """What JSON can hold: numpy numbers and arrays become Python's, NaN and infinities null."""
     if isinstance(value, dict):
@@ -70,13 +65,11 @@ def _plain(value):
 
 
 def write_report(result: dict, path: str | Path) -> None:
-    """Write `result` as JSON, whole or not at all. Raises TypeError on values that JSON does not know, and OSError
+    """Write `result` as JSON, whole or not at all. Raises TypeError on values that JSON does not know, and UserError
     where the file cannot be written."""
-    path = Path(path)
     text = json.dumps(_plain(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    temporary = _temporary(path)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    make_folder(Path(path).parent)
+    write_atomic(path, text.encode())
 
 
 def _percent(value: float | None) -> str:
@@ -225,6 +218,5 @@ def confusion_picture(
     for mark in (0, 25, 50, 75, 100):
         draw.text((left + length * mark / 100, y + 20), str(mark), fill=faint, font=body, anchor="ma")
 
-    temporary = _temporary(path)
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    make_folder(Path(path).parent)
+    write_atomic(path, lambda file: picture.save(file, format="PNG"))

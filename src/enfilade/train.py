@@ -25,6 +25,7 @@ from enfilade import checkpoint, labels
 from enfilade.data.epochs import batches, class_weights, steps_per_epoch
 from enfilade.data.weights import read as read_weights
 from enfilade.errors import UserError
+from enfilade.images import write_atomic
 from enfilade.losses import objective
 from enfilade.stages import Recipe, Stage
 from enfilade.types import Batch
@@ -422,7 +423,7 @@ def claim(out: Path, recipe: Recipe, resume: bool, main: bool) -> None:
             out.mkdir(parents=True, exist_ok=True)
             if not resume:  # else an early crash would leave the old recipe's state under the new one's name
                 (out / "last.safetensors").unlink(missing_ok=True)
-            path.write_text(text)
+            write_atomic(path, text.encode())
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"cannot write to {out}: {reason}; choose a folder that you may write to") from error
