@@ -170,6 +170,7 @@ def reproduce(
         raise unknown(f"row of {table}", name, [r.recipe for r in chosen.rows])
     out = Path(out)
     results: list[dict[str, Any]] = []
+    val_data: Any = None
     text = ""
     left_out: list[str] = []
     for row in wanted:

@@ -6,6 +6,7 @@ and the three must stay aligned. (A user's single photos are turned upright: `en
 
 import os
 from io import BytesIO
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -65,3 +66,12 @@ def read_map(path: str | os.PathLike) -> Shaped[np.ndarray, "h w"]:
     if image.ndim != 2:
         raise UserError(f"{path} has {image.shape[2]} channels: a depth or label image has one")
     return image
+
+
+def demand_size(array: Shaped[np.ndarray, "_ _ *c"], path: Path, image: Float32[np.ndarray, "h w 3"], of: Path) -> None:
+    """Raise UserError where a map, read from `path`, has another size than its image, read from `of`."""
+    if array.shape[:2] != image.shape[:2]:
+        raise UserError(
+            f"{path} is {array.shape[1]}x{array.shape[0]}, but {of.name} {image.shape[1]}x{image.shape[0]}: "
+            "the files of one frame have one size"
+        )

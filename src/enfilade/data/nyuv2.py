@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8, UInt16
 
 from enfilade.camera import Camera
-from enfilade.data.files import read_map, read_rgb
+from enfilade.data.files import demand_size, read_map, read_rgb
 from enfilade.errors import UserError, unknown
 from enfilade.labels import IGNORE, SPACES, nyu894_to_40
 from enfilade.types import Sample
@@ -160,11 +160,8 @@ class NYUv2:
         hha = read_rgb(files["hha"]) if "hha" in files else None
         height, width = image.shape[:2]
         for kind, array in (("depth", depth), ("label40", labels), ("hha", hha)):
-            if array is not None and array.shape[:2] != (height, width):
-                raise UserError(
-                    f"{files[kind]} is {array.shape[1]}x{array.shape[0]}, but {files['rgb'].name} {width}x{height}: "
-                    "the files of one frame have one size"
-                )
+            if array is not None:
+                demand_size(array, files[kind], image, files["rgb"])
         if labels.dtype != np.uint8 or labels.max() > 40:
             raise UserError(f"{files['label40']} holds label {labels.max()}: expected 8 bits, 0 (void) and 1..40")
         return Sample(

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from enfilade.data.files import read_map, read_rgb
+from enfilade.data.files import demand_size, read_map, read_rgb
 from enfilade.errors import UserError, unknown
 from enfilade.labels import IGNORE, SPACES
 from enfilade.types import Sample
@@ -103,11 +103,7 @@ class VOC2012:
     def __getitem__(self, index: int) -> Sample:
         picture, annotation = self._files[index]
         image, labels = read_rgb(picture), self.labels(index)
-        if labels.shape != image.shape[:2]:
-            raise UserError(
-                f"{annotation} is {labels.shape[1]}x{labels.shape[0]}, but {picture.name} {image.shape[1]}x"
-                f"{image.shape[0]}: the files of one frame have one size"
-            )
+        demand_size(labels, annotation, image, picture)
         return Sample(image=image, name=self.names[index], labels=labels)
 
     def labels(self, index: int) -> UInt8[np.ndarray, "h w"]:

@@ -104,8 +104,9 @@ class LRN(nn.Module):
         self.refine = nn.ModuleList(Refinement(c, w, classes) for c, w in zip(reversed(skips), widths))
         initialise(self)
         nn.init.normal_(self.first.weight, std=0.01)
-        for refinement in self.refine:
-            refinement.start()
+        for module in self.modules():
+            if isinstance(module, Refinement):
+                module.start()
 
     @property
     def parts(self) -> dict[str, list[nn.Module]]:
@@ -178,7 +179,7 @@ class SegNet(nn.Module):
         features = []
         for stage, source in zip(self.stages, reversed(maps)):
             _, positions = F.max_pool2d(source, 2, return_indices=True)
-            x = stage(F.max_unpool2d(x, positions, 2, output_size=source.shape[-2:]))
+            x = stage(F.max_unpool2d(x, positions, [2, 2], output_size=source.shape[-2:]))
             features.append(x)
         if x.shape[-2:] != image.shape[-2:]:
             x = double(x)
@@ -221,14 +222,13 @@ class FCN8s(nn.Module):
             nn.ConvTranspose2d(classes, classes, 4, stride=2, padding=1, bias=False) for _ in range(2)
         )
         initialise(self)
-        for score in self.score:
-            nn.init.zeros_(score.weight)  # as the authors start it
-        for up in self.up:
-            with torch.no_grad():
-                up.weight.zero_()
-                tap = torch.tensor([0.25, 0.75, 0.75, 0.25])
-                for k in range(classes):
-                    up.weight[k, k] = tap[:, None] * tap  # bilinear, then learned
+        tap = torch.tensor([0.25, 0.75, 0.75, 0.25])
+        bilinear = torch.eye(classes)[:, :, None, None] * (tap[:, None] * tap)
+        for name, parameter in self.named_parameters():
+            if name.startswith("score."):
+                nn.init.zeros_(parameter)  # as the authors start it
+            elif name.startswith("up."):
+                parameter.data.copy_(bilinear)  # and then learned
 
     @property
     def parts(self) -> dict[str, list[nn.Module]]:
