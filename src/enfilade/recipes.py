@@ -134,16 +134,6 @@ def gad_nyuv2(weights: str | None = None) -> Recipe:
         ema=0.998,
         evaluate_every=5,
     )
-    iou = replace(
-        full,
-        name="iou",
-        epochs=20,
-        losses=full.losses | {"lovasz": 1.0},
-        zoom=(0.65, 1.6),
-        colour=1.4,
-        lr=4e-4,
-        evaluate_every=4,
-    )
     return Recipe(
         name="gad-nyuv2",
         model="gad",
@@ -155,7 +145,7 @@ def gad_nyuv2(weights: str | None = None) -> Recipe:
             "widths": (96, 64, 64),
             "dropout": 0.1,
         },
-        stages=(small, full, replace(full, name="again", epochs=7, evaluate_every=7), iou),
+        stages=(small, full, replace(full, name="again", epochs=7, evaluate_every=7)),
         scale=0.65,
         focal=NYU_FOCAL * 0.65,
         class_weighting=0.5,
