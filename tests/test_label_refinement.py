@@ -73,11 +73,11 @@ def test_every_parameter_gets_a_gradient_and_has_one_part(kind):
 
 
 def test_other_pyramids_are_refused():
-    with pytest.raises(UserError, match="strides .*mobilenetv2_100"):
+    with pytest.raises(UserError, match=r"strides .*mobilenetv2_100"):
         LRN(classes=K, encoder="convnext_atto")
     with pytest.raises(UserError, match="five widths, not 3"):
         LRN(**PLAIN, widths=(4, 4, 4))
-    with pytest.raises(UserError, match="4 stages here.*not 2"):
+    with pytest.raises(UserError, match=r"4 stages here.*not 2"):
         SegNet(**PLAIN, depth=(1, 1))
 
 

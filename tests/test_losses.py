@@ -122,6 +122,20 @@ def test_scale_invariant_by_hand(variance):
     assert losses.depth_scale_invariant(d, t, variance).item() == pytest.approx(np.mean(per_image), rel=1e-9)
 
 
+def test_pairwise_by_hand():
+    """The double sum of Eq. (4), over truth that is clipped and rounded."""
+    d, t = predicted().detach(), depth()
+    per_image = []
+    for b in range(B):
+        at = [i for i in np.ndindex(B, H, W) if i[0] == b and t[i] > 0]
+        bins = [max(1, round(min(t[i].item(), 2.5) / 0.25)) * 0.25 for i in at]
+        g = [(math.log(d[i]), math.log(truth)) for i, truth in zip(at, bins)]
+        per_image.append(sum(((a - c) - (e - f)) ** 2 for a, e in g for c, f in g) / len(g) ** 2)
+    assert losses.depth_pairwise(d, t, 2.5, 0.25).item() == pytest.approx(np.mean(per_image), rel=1e-9)
+    assert losses.depth_pairwise(3 * d, t).item() == pytest.approx(losses.depth_pairwise(d, t).item(), rel=1e-9)
+    assert losses.depth_pairwise(d, t * 0).item() == 0
+
+
 def test_scale_invariance():
     d, t = predicted().detach(), depth()
     one, three = (losses.depth_scale_invariant(s * d, t, 1.0).item() for s in (1.0, 3.0))
@@ -147,7 +161,7 @@ def test_depth_gradient_by_hand():
     assert losses.depth_gradient(d, t).item() == pytest.approx(np.mean(means), rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["depth_berhu", "depth_scale_invariant", "depth_gradient"])
+@pytest.mark.parametrize("name", ["depth_berhu", "depth_scale_invariant", "depth_gradient", "depth_pairwise"])
 def test_depth_gradients(name):
     # berHu's threshold is held constant (detached), which numerical differentiation would see: keep the largest fixed
     d, t = predicted().detach(), depth()
@@ -159,13 +173,13 @@ def test_depth_gradients(name):
     assert torch.autograd.gradcheck(lambda x: term(x * mask + d * (1 - mask), t), x)
 
 
-@pytest.mark.parametrize("name", ["focal", "cross_entropy"])
+@pytest.mark.parametrize("name", ["focal", "cross_entropy", "cross_entropy_sum"])
 def test_semantic_gradients(name):
     weight = torch.tensor([0.5, 2.0, 1.0, 0.3], dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: getattr(losses, name)(x, labels(), weight), logits())
 
 
-@pytest.mark.parametrize("name", ["focal", "cross_entropy"])
+@pytest.mark.parametrize("name", ["focal", "cross_entropy", "cross_entropy_sum"])
 def test_nothing_labelled_is_zero_with_zero_gradients(name):
     term = getattr(losses, name)
     nothing = torch.full((B, H, W), IGNORE)
@@ -381,3 +395,10 @@ def test_lovasz_of_many_pixels_is_that_of_a_spread_sample(monkeypatch):
 def test_lovasz_gradient():
     x = logits(requires_grad=True)
     assert torch.autograd.gradcheck(lambda v: losses.lovasz(v, labels()), (x,))
+
+
+def test_a_sum_is_the_mean_times_the_labelled_pixels():
+    y = labels()
+    count = int((y != IGNORE).sum())
+    mean, total = losses.cross_entropy(logits(), y), losses.cross_entropy_sum(logits(), y)
+    assert total.item() == pytest.approx(count * mean.item())

@@ -262,7 +262,47 @@ def test_recipes_of_other_precision_can_follow_in_one_process(tmp_path):
     assert any(not torch.equal(fp32[k], bf16[k]) for k in fp32)
 
 
+def test_a_stage_can_have_a_precision_of_its_own(tmp_path):
+    runs = {
+        "fp32": tiny(stage(epochs=1)),
+        "bf16": tiny(stage(epochs=1), precision="bf16"),
+        "exact": tiny(stage(epochs=1, precision="no"), precision="bf16"),
+    }
+    for name, recipe in runs.items():
+        run(recipe, Boards(2), tmp_path / name)
+    fp32, bf16, exact = (weights_of(tmp_path / name) for name in runs)
+    assert_same(exact, fp32)
+    assert any(not torch.equal(fp32[k], bf16[k]) for k in fp32)
+
+
+@pytest.mark.parametrize("passed", [1, 2])
+def test_stages_passed_elsewhere_are_as_if_trained_here(tmp_path, passed):
+    """Dropout, order, augmentation: all that depends on how many updates came before."""
+    stages = (stage("one", ema=0.9), stage("two", epochs=1), stage("three", epochs=1))
+    run(tiny(*stages), Boards(6), tmp_path / "whole")
+    run(tiny(*stages[:passed]), Boards(6), tmp_path / "first")
+    init = tmp_path / "first/final.safetensors"
+    result = run(tiny(*stages), Boards(6), tmp_path / "rest", init=init, passed=passed)
+    assert result["updates"] == sum(s.epochs * 3 for s in stages)
+    assert_same(weights_of(tmp_path / "rest"), weights_of(tmp_path / "whole"))
+
+
 # The run folder
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+    """Its recipe.json lacks a setting that came later: the setting's default is what it was trained with."""
+    recipe = tiny(stage(epochs=2, batch=2), name="old")
+    run(recipe, Boards(4), tmp_path, stop_after=1)
+    path = tmp_path / "recipe.json"
+    told = json.loads(path.read_text())
+    del told["class_weights"], told["stages"][0]["precision"], told["stages"][0]["zoom"]
+    path.write_text(json.dumps(told))
+    with pytest.raises(UserError, match="another recipe"):
+        run(recipe, Boards(4), tmp_path)  # this stage's zoom is not the default
+    told["stages"][0]["zoom"] = list(recipe.stages[0].zoom)
+    path.write_text(json.dumps(told))
+    assert run(recipe, Boards(4), tmp_path)["complete"]
 
 
 def test_a_folder_of_another_recipe_is_refused(tmp_path):
@@ -313,7 +353,7 @@ def test_what_does_not_fit_starts_anew_and_is_named(tmp_path, capsys):
     other = Recipe(
         "other", "lrn", {"classes": 3, "encoder": "vgg11_bn"}, (stage(losses={"focal": 1.0}),), scale=1.0, focal=None
     )
-    with pytest.raises(UserError, match="no tensor of .* fits LRN"):
+    with pytest.raises(UserError, match=r"no tensor of .* fits LRN"):
         run(other, Boards(2), tmp_path / "third", init=tmp_path / "first")
 
 
@@ -676,6 +716,31 @@ def test_augmentation_is_a_function_of_epoch_and_index():
     np.testing.assert_array_equal(a.depth, b.depth)
     assert not np.array_equal(a.image, data[(2, 2)].image)
     assert not np.array_equal(a.image, Augmented(Boards(4), recipe.replace(seed=1), 0)[(1, 2)].image)
+
+
+def test_offline_augmentation_has_six_fixed_pictures_of_each_sample():
+    recipe = tiny(stage(augmentation="offline", colour=0.0, size=(48, 64)))
+    data = Augmented(Boards(4), recipe, 0)
+    assert len(data) == 24
+    six = [data[(0, 6 + k)] for k in range(6)]
+    for k, sample in enumerate(six):
+        np.testing.assert_array_equal(sample.image, data[(3, 6 + k)].image)  # the same in each epoch
+    whole = Boards(4)[1]
+    np.testing.assert_allclose(six[0].image, whole.image, atol=1e-6)
+    np.testing.assert_allclose(six[1].image, whole.image[:, ::-1], atol=1e-6)
+    assert len({s.image.tobytes() for s in six}) == 6
+    order = samples_of(recipe, 4, 0, 0, 1)
+    epochs = [[i for batch in order for e, i in batch if e == epoch] for epoch in (0, 1)]
+    assert sorted(epochs[0]) == list(range(24))
+    assert epochs[0] == epochs[1] != sorted(epochs[0])  # shuffled once
+
+
+def test_crops_divide_depth_by_their_zoom():
+    recipe = tiny(stage(augmentation="offline", colour=0.0, size=(24, 32), zoom=(2.0, 2.0)), scale=0.5)
+    data = Augmented(Boards(2), recipe.replace(focal=Boards(2)[0].camera.fx * 0.5), 0)
+    whole, crop = data[(0, 0)], data[(0, 2)]
+    depths = {round(float(d), 3) for d in np.unique(whole.depth[whole.depth > 0])}
+    assert {round(2 * float(d), 3) for d in np.unique(crop.depth[crop.depth > 0])} <= depths
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.2, 0.5, 1.0])

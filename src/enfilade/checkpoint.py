@@ -25,12 +25,16 @@ MODELS: dict[str, str] = {
     "gad": "enfilade.models.geometry_distillation:GAD",
     "lrn": "enfilade.models.label_refinement:LRN",
     "segnet": "enfilade.models.label_refinement:SegNet",
+    "joint": "enfilade.models.joint_crf:JointCRF",
     "fcn8s": "enfilade.models.label_refinement:FCN8s",
     "peer": "enfilade.models.peers:Peer",
 }
 
 # Models that ship inside the package.
-SHIPPED: dict[str, str] = {"gad-nyuv2": "weights/gad-nyuv2.safetensors"}
+SHIPPED: dict[str, str] = {
+    "gad-nyuv2": "weights/gad-nyuv2.safetensors",
+    "lrn-camvid": "weights/lrn-camvid.safetensors",
+}
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,7 @@ def score(
         "depth_cap_m": depth_cap,
         "ignored_classes": [space.names[c] for c in ignored],
         "classes_scored": len(space) - len(ignored),
+        **({} if getattr(predictor, "crf", None) is None else {"crf": describe(predictor.crf)}),
         **({"flip": False} if augmentation is None else augmentation.describe(predictor.meta["size"])),
         "seconds_per_frame": elapsed / count,
     }
@@ -102,3 +103,12 @@ def score(
     if not (seen_labels or seen_depth):
         raise UserError(f"nothing to score: {reader.name} has neither labels nor depth that this model predicts")
     return result
+
+
+def describe(crf) -> str:
+    """A CRF's kernels, weights and iterations in one line, for a report."""
+    kernels = []
+    for kernel, weight in zip(crf.kernels, crf.weights):
+        theta = {"xy": kernel.xy, "rgb": kernel.rgb, "depth": kernel.depth}
+        kernels.append(f"{weight:g} x (" + ", ".join(f"{k} {v:g}" for k, v in theta.items() if v is not None) + ")")
+    return f"{crf.iterations} iterations of " + " + ".join(kernels)

@@ -5,6 +5,7 @@ interrupted table goes on where it stopped, and finished rows are not trained ag
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from enfilade import recipes
 from enfilade.errors import UserError, unknown
+from enfilade.stages import Recipe
 
 SCORES = {"PixAcc": "pixel_accuracy", "mAcc": "mean_accuracy", "mIoU": "miou"}
 CAMVID_CLASSES = (  # in the order of LRN's Table 2
@@ -34,8 +36,9 @@ class Row:
 class Table:
     """A paper's table.
 
-    `columns` are headings and where their score stands in a report: a key of its segmentation, or "accuracy of CLASS".
-    `across` puts the scores below each other and the rows side by side, which many columns need. `depth` adds the RMSE.
+    `columns` are headings and where their score stands in a report: a key of its segmentation, "accuracy of CLASS", or
+    "depth KEY". `across` puts the scores below each other and the rows side by side, which many columns need. `depth`
+    adds the RMSE. Scores are in percent, but for those of depth.
     """
 
     title: str
@@ -47,6 +50,7 @@ class Table:
 
 
 _GAD = "ResNet-50, 795 training and 654 test frames, 40 classes, 8 GPUs."
+_JOINT = "five branches from VGG-16, 795 training (6 pictures of each) and 654 test frames, 40 classes, 180000 updates."
 _LRN = "VGG-16, 367 training and 233 test images of 480x360, about 80000 updates of batch 10."
 
 TABLES: dict[str, Table] = {
@@ -78,6 +82,32 @@ TABLES: dict[str, Table] = {
             Row("100 %", "gad-depth-100", (84.8, 68.7, 59.6)),
         ),
         SCORES,
+        depth=True,
+    ),
+    "joint-table2": Table(
+        "Mousavian et al. Table 2, depth on NYUv2",
+        _JOINT,
+        (Row("Ours (the paper's name)", "joint-crf-depth", (0.568, 0.856, 0.956, 0.2, 0.301, 0.816, 0.314, 0.061)),),
+        {
+            **{f"δ < 1.25{power}": f"depth delta{k}" for k, power in enumerate(("", "²", "³"), 1)},
+            "abs rel": "depth abs_rel",
+            "sqr rel": "depth sq_rel",
+            "RMSE (m)": "depth rmse",
+            "RMSE log": "depth rmse_log",
+            "log scale-invariant": "depth log_si",
+        },
+        across=True,
+    ),
+    "joint-table3": Table(
+        "Mousavian et al. Table 3, labels on NYUv2",
+        _JOINT,
+        (
+            Row("Unary-Sem", "joint-sem", (36.0, 49.1, 66.0)),
+            Row("Unary-Sem+Depth", "joint-sem-depth", (36.5, 49.2, 66.6)),
+            Row("Sem-CRF", "joint-crf", (38.4, 51.2, 68.0)),
+            Row("Sem-CRF+", "joint-crf-depth", (39.2, 52.3, 68.6)),
+        ),
+        {"mIoU": "miou", "mAcc": "mean_accuracy", "PixAcc": "pixel_accuracy"},
         depth=True,
     ),
     "lrn-table2": Table(
@@ -170,6 +200,7 @@ def reproduce(
         raise unknown(f"row of {table}", name, [r.recipe for r in chosen.rows])
     out = Path(out)
     results: list[dict[str, Any]] = []
+    trained: list[tuple[Recipe, Path]] = []
     val_data: Any = None
     text = ""
     left_out: list[str] = []
@@ -196,8 +227,10 @@ def reproduce(
         folder = out / row.recipe
         run: dict[str, Any] = {}
         if model is None:
-            run = train(recipe, train_data, None, out=folder, workers=workers, quiet=quiet)
+            init, passed = shared(recipe, trained)
+            run = train(recipe, train_data, None, out=folder, init=init, passed=passed, workers=workers, quiet=quiet)
             weights = folder / "final.safetensors"
+            trained.append((recipe, weights))
         else:
             weights = resolve(model)
         file = folder / (f"report-s{row.stage}.json" if row.stage else "report.json")
@@ -217,14 +250,43 @@ def reproduce(
         write_report({"table": table, "rows": results, "left_out": left_out}, out / f"{table}.json")
     if not results:
         raise UserError(f"no row of {table} could be run: " + "; ".join(left_out))
+    with_crf = [w for r, w in trained if r.arguments.get("crf", "none") != "none"]
+    if with_crf:
+        from enfilade.checkpoint import load as load_model
+        from enfilade.heat_maps import crf_pictures
+
+        learned = crf_pictures(load_model(with_crf[-1]).network.crf, val_data.space.names, out / f"{table}.png")
+        text += f"\nThe CRF of the last row that has one, as learned ({table}.png, Figure 4):\n\n{learned}"
+        write_atomic(out / f"{table}.md", text.encode())
     if strips and any(row.stage for row in wanted):
         weights = resolve(model) if model is not None else out / wanted[0].recipe / "final.safetensors"
         stage_strips(load(weights, flip=False), val_data, out / f"{table}.png", strips)
     return text
 
 
+def shared(recipe: Recipe, trained: Sequence[tuple[Recipe, Path]]) -> tuple[Path | None, int]:
+    """The model among those trained that went through the most of the recipe's first stages, and how many: the recipe
+    goes on from there. All else must be the same, but for parts that the earlier model lacks: they start as their
+    constructor makes them."""
+    best: tuple[Path | None, int] = None, 0
+    for earlier, weights in trained:
+        count = len(earlier.stages)
+        alike = earlier.replace(name=recipe.name, arguments=recipe.arguments, stages=recipe.stages) == recipe
+        parts = [(k, v) for k, v in earlier.arguments.items() if v is not False]
+        if (
+            alike
+            and all(recipe.arguments.get(k) == v for k, v in parts)
+            and best[1] < count < len(recipe.stages)
+            and recipe.stages[:count] == earlier.stages
+        ):
+            best = weights, count
+    return best
+
+
 def value(report: dict[str, Any], where: str) -> float | None:
-    """A score of a report: a key of its segmentation, or "accuracy of CLASS"."""
+    """A score of a report: a key of its segmentation, "accuracy of CLASS", or "depth KEY"."""
+    if where.startswith("depth "):
+        return report.get("depth", {}).get(where.removeprefix("depth "))
     if name := where.removeprefix("accuracy of ") * where.startswith("accuracy of "):
         return {row["name"]: row["accuracy"] for row in report["segmentation"]["per_class"]}.get(name)
     return report["segmentation"][where]
@@ -298,28 +360,29 @@ def ours_setting(recipe, encoder_weights, count: int, protocol: dict[str, Any], 
 def markdown(table: Table, results: list[dict[str, Any]], setting: str, left_out: list[str]) -> str:
     """Paper columns | our columns, and under them what was run."""
 
-    def percent(number: float | None) -> str:
-        return "-" if number is None else f"{number:.1f}"
+    def told(number: float | None) -> str:
+        return "-" if number is None else f"{number:{digits}}"
 
     names = list(table.columns)
     papers = [dict(zip(names, r["paper"])) for r in results]
+    depths = all(where.startswith("depth ") for where in table.columns.values())
+    digits, scale = (".3f", 1) if depths else (".1f", 100)
     ours = []
     for r in results:
         scores = {name: r["ours"][where] for name, where in table.columns.items()}
-        ours.append({name: None if score is None else 100 * score for name, score in scores.items()})
+        ours.append({name: None if score is None else scale * score for name, score in scores.items()})
     if table.across:
         known = [(r, paper) for r, paper in zip(results, papers) if paper]
         heads = ["", *(f"paper {r['label']}" for r, _ in known), *(f"ours {r['label']}" for r in results)]
         body = [
-            [name, *(percent(paper.get(name)) for _, paper in known), *(percent(o[name]) for o in ours)]
-            for name in names
+            [name, *(told(paper.get(name)) for _, paper in known), *(told(o[name]) for o in ours)] for name in names
         ]
     else:
         heads = ["row", *(f"paper {n}" for n in names), *(f"ours {n}" for n in names)]
         heads += ["ours depth RMSE (m)"] * table.depth
         body = []
         for r, paper, own in zip(results, papers, ours):
-            cells = [r["label"], *(percent(paper.get(n)) for n in names), *(percent(own[n]) for n in names)]
+            cells = [r["label"], *(told(paper.get(n)) for n in names), *(told(own[n]) for n in names)]
             rmse = r["ours"]["rmse"]
             body.append(cells + ["-" if rmse is None else f"{rmse:.3f}"] * table.depth)
     lines = [f"### {table.title}", "", *(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *body))]

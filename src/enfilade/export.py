@@ -195,7 +195,8 @@ def to_onnx(predictor: Predictor, opset: int) -> Any:
     free = {0: "batch", 2: "height", 3: "width"}
     try:
         with quiet():
-            network = with_constant_padding(copy.deepcopy(predictor.network)).to(memory_format=torch.contiguous_format)  # pyright: ignore
+            network = with_constant_padding(copy.deepcopy(predictor.network))
+            network = network.to(memory_format=torch.contiguous_format)  # pyright: ignore
             dynamic = dict.fromkeys(free, torch.export.Dim.DYNAMIC)
             program = torch.export.export(
                 Answers(network).eval(), (), kwargs=feed, dynamic_shapes=dict.fromkeys(feed, dynamic)
@@ -284,7 +285,7 @@ def describe(proto: Any, predictor: Predictor) -> None:
     training, the label space, the licence of the weights, and what made the file."""
     meta, space = predictor.meta, predictor.space
     told = {
-        "description": "what each pixel shows and, where there is such an output, how far it is; see the remarks at inputs and outputs",
+        "description": "what each pixel shows and perhaps how far it is; see the remarks at inputs and outputs",
         "enfilade": enfilade.__version__,
         "space": space.name,
         "names": list(space.names),

@@ -186,6 +186,30 @@ def depth_gradient(depth: Float[Tensor, "b h w"], target: Float[Tensor, "b _ _"]
     return total / max(count, 1)
 
 
+def depth_pairwise(
+    depth: Float[Tensor, "b h w"], target: Float[Tensor, "b _ _"], far: float = 7.0, step: float = 0.14
+) -> Float[Tensor, ""]:
+    """L_depth of Mousavian et al., Eq. (4): over all pairs of pixels, the mean squared difference of their log depths'
+    differences, in O(n): with D = log d - log d*, it is 2 (mean(D²) - mean(D)²). Per image, averaged over the images
+    that have depth. The truth is clipped at `far` metres and rounded to multiples of `step`, as the paper trains."""
+    target = nearest(target, depth.shape[-2:])
+    terms = []
+    for d, t in zip(full(depth), target):
+        valid = t > 0
+        if valid.any():
+            rounded = (t[valid].clamp(max=far) / step).round().clamp(min=1) * step
+            terms.append(2 * (d[valid].clamp(min=1e-3).log() - rounded.log()).var(correction=0))
+    return torch.stack(terms).mean() if terms else full(depth).sum() * 0
+
+
+def cross_entropy_sum(
+    logits: Float[Tensor, "b k h w"], labels: Int64[Tensor, "b _ _"], weight: Weights = None
+) -> Float[Tensor, ""]:
+    """The sum over labelled pixels, for published recipes whose learning rates count on it (Mousavian et al. 2016)."""
+    labels = nearest(labels, logits.shape[-2:], IGNORE)
+    return F.cross_entropy(full(logits), labels, weight, ignore_index=IGNORE, reduction="sum")
+
+
 def present(value, what: str):
     """`value`, or the sentence that a recipe's loss has nothing to work on."""
     if value is None:
@@ -221,6 +245,7 @@ def _depth(term) -> Term:
 
 TERMS: dict[str, Term] = {
     "cross_entropy": _semantic(cross_entropy),
+    "cross_entropy_sum": _semantic(cross_entropy_sum),
     "focal": _semantic(focal),
     "lovasz": _semantic(lovasz),
     "side_cross_entropy": _sides(cross_entropy),
@@ -228,6 +253,7 @@ TERMS: dict[str, Term] = {
     "depth_berhu": _depth(depth_berhu),
     "depth_scale_invariant": _depth(depth_scale_invariant),
     "depth_gradient": _depth(depth_gradient),
+    "depth_pairwise": _depth(depth_pairwise),
 }
 
 

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, no_type_check
+from typing import TYPE_CHECKING, Any, Literal, no_type_check
 
 import cv2
 import numpy as np
@@ -32,6 +32,9 @@ from enfilade import images, labels, tta, viz
 from enfilade.camera import Camera
 from enfilade.errors import UserError
 from enfilade.types import Output, Prediction
+
+if TYPE_CHECKING:
+    from enfilade.refine import CRF
 
 # What a model file that lacks a key is taken to mean: NYUv2's label space, and its camera at 320 x 240.
 DEFAULTS = {"space": "nyu40", "size": (240, 320)}
@@ -54,6 +57,8 @@ class Predictor:
     share `overlap` of their sides; their answers are blended. With `resolution` "source" the training scale is a
     factor of the image's own pixels, not the area of the training input. See `tta.Augmentation`.
 
+    `crf` refines the labels by colours and depth before they are chosen: True, or a `refine.CRF` with other settings.
+
     `precision` is "fp32", "bf16" or "auto": bf16 on a GPU, fp32 on a CPU. `device` defaults to a GPU where there is
     one.
     """
@@ -70,6 +75,7 @@ class Predictor:
         overlap: float = 0.5,
         resolution: tta.Resolution = "area",
         precision: Literal["fp32", "bf16", "auto"] = "auto",
+        crf: "bool | CRF" = False,
     ):
         if precision not in ("fp32", "bf16", "auto"):
             raise UserError(f"precision is fp32, bf16 or auto, not {precision!r}")
@@ -77,6 +83,11 @@ class Predictor:
         self.meta = DEFAULTS | (meta or {})
         self.augmentation = tta.Augmentation(flip, scales, window, overlap, resolution)
         self.precision = precision
+        self.crf = None
+        if crf:
+            from enfilade.refine import CRF
+
+            self.crf = crf if isinstance(crf, CRF) else CRF()
         self.space = labels.get(self.meta["space"])
         height, width = self.meta["size"]
         self.area = int(height * width)
@@ -226,14 +237,18 @@ class Predictor:
 
     def _finish(self, image: images.Image, camera: Camera, source: str, output: Output, index: int) -> Prediction:
         height, width = image.rgb.shape[:2]
-        chosen = confidence = depth = None
-        if output.logits is not None:
-            chosen, confidence = decide(output.logits[index].cpu().numpy(), height, width)
+        chosen = confidence = depth = metres = None
         if output.depth is not None:
             seen = camera.resized(*reversed(self.input_size(height, width)))
             zoom = math.sqrt(seen.fx * seen.fy) / self.focal
-            canonical = F.interpolate(output.depth[index, None, None], (height, width), mode="bilinear")[0, 0]
-            depth = (canonical * zoom).cpu().numpy()
+            metres = output.depth[index, None] * zoom
+            depth = F.interpolate(metres[None], (height, width), mode="bilinear")[0, 0].cpu().numpy()
+        if output.logits is not None:
+            probabilities = output.logits[index]
+            if self.crf is not None:
+                guide = torch.from_numpy(self.prepare(image.rgb))[None].to(probabilities.device)
+                probabilities = self.crf(probabilities[None], guide, metres)[0]
+            chosen, confidence = decide(probabilities.cpu().numpy(), height, width)
         return Prediction(
             image=image.rgb,
             labels=chosen,
@@ -342,6 +357,7 @@ def load(
     overlap: float = 0.5,
     resolution: tta.Resolution = "area",
     precision: Literal["fp32", "bf16", "auto"] = "auto",
+    crf: "bool | CRF" = False,
 ) -> Predictor:
     """A predictor from a shipped model's name, a model file or a run's folder; for the options see `Predictor`. Raises
     UserError, see `checkpoint.load`."""
@@ -349,7 +365,8 @@ def load(
 
     augmentation = tta.Augmentation(flip, scales, window, overlap, resolution)  # complains before anything is read
     loaded = load_checkpoint(model)
-    return Predictor(loaded.network, loaded.meta, device=device, precision=precision, **augmentation.options())
+    options = augmentation.options() | {"precision": precision, "crf": crf}
+    return Predictor(loaded.network, loaded.meta, device=device, **options)
 
 
 _loaded = lru_cache(maxsize=1)(load)
@@ -368,10 +385,11 @@ def predict(
     overlap: float = 0.5,
     resolution: tta.Resolution = "area",
     precision: Literal["fp32", "bf16", "auto"] = "auto",
+    crf: "bool | CRF" = False,
 ) -> Prediction:
     """Predict on one image; see `Predictor`. The last model used is kept for the next call."""
     options = tta.Augmentation(flip, scales, window, overlap, resolution).options()
-    return _loaded(model, device, precision=precision, **options).predict(source, camera=camera, fov=fov)
+    return _loaded(model, device, precision=precision, crf=crf, **options).predict(source, camera=camera, fov=fov)
 
 
 def save(

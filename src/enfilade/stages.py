@@ -17,6 +17,8 @@ class Stage:
         train: parts of the model (its `parts`) that learn; the others are frozen, their batch norms too. "*" is all.
         size: (height, width) of a training crop.
         zoom: random scaling around the canonical scale (log-uniform).
+        augmentation: "online", drawn anew in each epoch; or "offline", six fixed pictures of each sample: itself, its
+            mirror image and four crops, shuffled once (Mousavian et al. 2016, Section 4.1). An epoch is all six.
         flip, colour: see `data.transforms.Augment`.
         batch: samples in one forward pass, per process.
         accumulate: forward passes per update.
@@ -27,6 +29,9 @@ class Stage:
         clip: largest gradient norm per part; parts not named are not clipped.
         ema: decay of the exponential moving average of the weights that is validated and shipped; 0 for none.
         evaluate_every: epochs between validations (the last epoch is always validated).
+        precision: "no" (fp32) or "bf16"; None is the recipe's. What bf16 makes of the weights is always the same error,
+            and networks with small depthwise convolutions learn to live with it: a last, short stage in fp32 takes them
+            back.
     """
 
     name: str
@@ -36,6 +41,7 @@ class Stage:
     train: tuple[str, ...] = ("*",)
     size: tuple[int, int] = (240, 320)
     zoom: tuple[float, float] = (1.0, 1.0)
+    augmentation: Literal["online", "offline"] = "online"
     flip: float = 0.5
     colour: float = 1.0
     batch: int = 8
@@ -51,6 +57,7 @@ class Stage:
     clip: dict[str, float] = field(default_factory=dict)
     ema: float = 0.0
     evaluate_every: int = 5
+    precision: Literal["no", "bf16"] | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,7 @@ def train(
     *,
     out: str | Path,
     init: str | Path | None = None,
+    passed: int = 0,
     resume: bool = True,
     skip_nonfinite: bool = False,
     save_every: int = 0,
@@ -195,6 +196,8 @@ def train(
             (models, `enfilade.load` takes them), TensorBoard events and log.jsonl.
         init: a shipped model, a model file or a run folder whose weights the run starts from, as far as they fit: a
             classifier for other classes, say, starts anew, and the run says so.
+        passed: stages at the recipe's beginning that `init` has been through: training starts after them, with the
+            same order and augmentation as if they had been trained here.
         resume: go on from `out`/last.safetensors where it exists; a finished run returns at once.
         skip_nonfinite: drop an update whose gradient is NaN or infinite, instead of stopping.
         save_every: updates between saves of the state; 0 saves after each epoch.
@@ -204,7 +207,7 @@ def train(
     Raises:
         UserError: the run folder holds another recipe; a loss that is not finite (the last good state is kept).
     """
-    run = Run(recipe, train_data, val_data, Path(out), resume, quiet, init)
+    run = Run(recipe, train_data, val_data, Path(out), resume, quiet, init, passed)
     run.skip_nonfinite, run.save_every, run.log_every, run.workers = skip_nonfinite, save_every, log_every, workers
     for index in range(run.progress["stage"], len(recipe.stages)):
         stopped = run.stage(index, stop_after)
@@ -218,15 +221,15 @@ class Run:
 
     skip_nonfinite, save_every, log_every, workers = False, 0, 20, 1
 
-    def __init__(self, recipe: Recipe, train_data, val_data, out: Path, resume: bool, quiet: bool, init=None):
+    def __init__(self, recipe: Recipe, train_data, val_data, out: Path, resume: bool, quiet: bool, init=None, passed=0):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
 
-        # A table trains its rows in one process, but accelerate would keep the first one's precision and process group
+        # A table trains its rows in one process, but accelerate would keep the first one's settings and process group
         AcceleratorState._reset_state(reset_partial_state=True)
         self.recipe, self.train_data, self.val_data, self.out, self.quiet = recipe, train_data, val_data, out, quiet
         self.accelerator = Accelerator(
-            mixed_precision=recipe.precision,
+            mixed_precision="no",  # it is the stage's to say, see `autocast`
             cpu=not torch.cuda.is_available(),
             log_with="tensorboard",
             project_dir=str(out),
@@ -247,6 +250,9 @@ class Run:
             self.progress = dict(self.saved[1]["progress"])
             load_state(*self.saved, self.network, None, None)
         elif init is not None:
+            world = self.world
+            updates = sum(s.epochs * steps_per_epoch(len(train_data), s, world) for s in recipe.stages[:passed])
+            self.progress |= {"stage": passed, "update": updates}
             self.network.loaded = start_from(self.network, init)  # type: ignore[assignment]
         loaded = getattr(self.network, "loaded", None) or getattr(self.network.trunk, "loaded", "random weights")
         self.say(f"{recipe.name}: {f'resumed from {self.last}' if self.saved else loaded}")
@@ -327,7 +333,7 @@ class Run:
             self.waited += time.perf_counter() - asked
             self.images += len(batch) * self.world
             last = micro == stage.accumulate - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model), self.accelerator.autocast():
+            with nullcontext() if last else self.accelerator.no_sync(self.model), self.autocast(stage):
                 output = self.model(batch.image, **extra_inputs(self.network, batch))
                 loss, terms = objective(output, batch, stage.losses, self.class_weights, stage.resize)
                 self.accelerator.backward(loss / stage.accumulate)
@@ -344,6 +350,10 @@ class Run:
                 v.copy_(buffers[k])
         self.optimiser.zero_grad()
         return losses, norms
+
+    def autocast(self, stage: Stage):
+        bf16 = (stage.precision or self.recipe.precision) == "bf16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16)
 
     def nonfinite(self, where: str) -> None:
         """Stop, or go on under `skip_nonfinite`."""
@@ -371,7 +381,8 @@ class Run:
         if self.main:
             pause = time.perf_counter()
             with swapped(self.network, self.average):
-                scores = validate(self.network, self.recipe, self.val_data, self.ignored, self.accelerator.device)
+                recipe = self.recipe.replace(precision=stage.precision or self.recipe.precision)
+                scores = validate(self.network, recipe, self.val_data, self.ignored, self.accelerator.device)
                 if scores["miou"] > self.progress["best"]:
                     self.progress["best"] = scores["miou"]
                     self.save_model("best.safetensors", {"scores": scores, "stage": stage.name, "epoch": epoch})
@@ -415,7 +426,7 @@ def claim(out: Path, recipe: Recipe, resume: bool, main: bool) -> None:
         for stale in out.glob(".*.safetensors.*.tmp"):  # half-written by a run that was killed
             stale.unlink(missing_ok=True)
     if path.is_file() and resume and (out / "last.safetensors").is_file():
-        if json.loads(path.read_text()) != json.loads(text):
+        if completed(json.loads(path.read_text())) != json.loads(text):
             raise UserError(f"{out} holds a run of another recipe (see {path}): choose another folder, or resume=False")
         return
     if main:
@@ -427,6 +438,16 @@ def claim(out: Path, recipe: Recipe, resume: bool, main: bool) -> None:
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"cannot write to {out}: {reason}; choose a folder that you may write to") from error
+
+
+def completed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A run's recipe.json with the defaults of settings that did not exist yet when it was written."""
+
+    def defaults(kind) -> dict[str, Any]:
+        found = {f.name: f.default for f in fields(kind) if f.default is not MISSING}
+        return json.loads(json.dumps(found))  # tuples become lists
+
+    return defaults(Recipe) | recipe | {"stages": [defaults(Stage) | stage for stage in recipe["stages"]]}
 
 
 def extra_inputs(network: nn.Module, batch: Batch) -> dict[str, Tensor]:

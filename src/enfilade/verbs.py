@@ -84,6 +84,8 @@ class Predict:
     """cpu, cuda, cuda:1 ...; default: a GPU where there is one."""
     precision: Precision = "auto"
     """Of the network's arithmetic; auto is bf16 on a GPU."""
+    crf: Flag = False
+    """Refine the labels by colours and depth (a dense CRF)."""
     json: Flag = False
     """Print the results as JSON, and nothing else, on stdout."""
 
@@ -105,6 +107,7 @@ class Predict:
             overlap=self.overlap,
             resolution=self.resolution,
             precision=self.precision,
+            crf=self.crf,
         )
 
         def tell(path: str, result: dict[str, Any] | UserError) -> None:
@@ -263,6 +266,8 @@ class Evaluate:
     """cpu, cuda, cuda:1 ...; default: a GPU where there is one."""
     precision: Precision = "auto"
     """Of the network's arithmetic; auto is bf16 on a GPU."""
+    crf: Flag = False
+    """Refine the labels by colours and depth (a dense CRF)."""
     json: Flag = False
     """Print the report as JSON, and nothing else, on stdout."""
 
@@ -284,6 +289,7 @@ class Evaluate:
             overlap=self.overlap,
             resolution=self.resolution,
             precision=self.precision,
+            crf=self.crf,
         )
         result = enfilade.evaluate(
             predictor,
@@ -310,7 +316,7 @@ class Reproduce:
     """Train and score the rows of a paper's table, the paper's numbers beside ours; goes on where it stopped."""
 
     table: Annotated[Positional[str], arg(metavar="TABLE", help_behavior_hint="")]
-    """gad-table4, gad-table5, lrn-table2 or lrn-table4."""
+    """gad-table4, gad-table5, joint-table2, joint-table3, lrn-table2 or lrn-table4."""
     data: Name
     """The data set: nyuv2, camvid, sunrgbd, voc2012, frames or rooms."""
     out: Folder
@@ -416,6 +422,47 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Refine:
+    """Refine any network's class probabilities for one image by its colours and, if given, depth: a dense CRF."""
+
+    labels_prob: Annotated[str, arg(metavar="FILE")]
+    """Probabilities, .npy or .npz: classes x height x width or height x width x classes, of any size."""
+    image: Annotated[str, arg(metavar="FILE")]
+    """The photo."""
+    depth: MaybeFile = None
+    """16-bit PNG in millimetres, 0 unknown."""
+    out: Folder = "out"
+    """Folder for the label map, its overlay, and arrays (NPZ: labels, confidence, probabilities)."""
+    space: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """Label space of the classes, for the overlay: nyu40, camvid11 ..."""
+    iterations: Count = 5
+    """Of mean field."""
+    weights: Annotated[tuple[float, float, float], arg(metavar="W W W")] = (3.0, 2.0, 1.0)
+    """Of the kernels: colour and place, depth and place, place alone."""
+    xy: Annotated[tuple[float, float, float], arg(metavar="PX PX PX")] = (80.0, 50.0, 3.0)
+    """Their widths in pixels of a 640x480 image."""
+    rgb: Annotated[float, arg(metavar="LEVELS")] = 13.0
+    """Width of the first in colours of 0 to 255."""
+    metres: Annotated[float, arg(metavar="METRES")] = 0.2
+    """Width of the second in depth."""
+
+    def run(self) -> int:
+        from enfilade import labels
+        from enfilade.ops.crf import Kernel
+        from enfilade.refine import CRF, refine_files
+
+        if self.iterations < 0:
+            raise UserError(f"--iterations is 0 or more, not {self.iterations}")
+        use_threads()
+        a, b, c = self.xy
+        crf = CRF((Kernel(a, rgb=self.rgb), Kernel(b, depth=self.metres), Kernel(c)), self.weights, self.iterations)
+        space = None if self.space is None else labels.get(self.space)
+        for path in refine_files(self.labels_prob, self.image, self.out, depth=self.depth, space=space, crf=crf):
+            print(path)
+        return 0
+
+
+@dataclass(frozen=True)
 class Info:
     """Say what is installed and on which machine; list models, recipes, tables and data sets."""
 
@@ -445,6 +492,7 @@ Verb = (
     | DataShow
     | DataWeights
     | Export
+    | Refine
     | Demo
     | Info
 )
@@ -460,6 +508,7 @@ VERBS: dict[str, type[Verb]] = {
     "data show": DataShow,
     "data weights": DataWeights,
     "export": Export,
+    "refine": Refine,
     "demo": Demo,
     "info": Info,
 }

@@ -4,6 +4,7 @@ Nothing here keeps a state, so a training that starts again in the middle of an 
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,9 +16,12 @@ from enfilade.data.weights import count, median_frequency
 from enfilade.stages import Recipe, Stage
 from enfilade.types import Batch, Sample, collate
 
+OFFLINE = 6  # pictures of each sample: itself, its mirror image, four crops
+
 
 class Augmented(Dataset):
-    """A reader's samples, augmented as a pure function of (seed, stage, epoch, index)."""
+    """A reader's samples, augmented as a pure function of (seed, stage, epoch, index); offline, of (seed, index), with
+    `OFFLINE` indices to each sample."""
 
     def __init__(self, reader, recipe: Recipe, stage_index: int):
         stage = recipe.stages[stage_index]
@@ -25,17 +29,25 @@ class Augmented(Dataset):
         self.augment = Augment(
             stage.size, scale=recipe.scale, focal=recipe.focal, zoom=stage.zoom, flip=stage.flip, colour=stage.colour
         )
+        self.offline = stage.augmentation == "offline"
         self.with_depth = supervised(len(reader), recipe.depth_fraction, recipe.seed)
 
     def __len__(self) -> int:
-        return len(self.reader)
+        return len(self.reader) * (OFFLINE if self.offline else 1)
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
+        augment, key = self.augment, (*self.key, epoch, index)
+        if self.offline:
+            key = (self.key[0], index)
+            index, which = divmod(index, OFFLINE)
+            augment = replace(augment, flip=0.0)
+            if which < 2:  # whole, as far as the size of the crop allows
+                augment = replace(augment, zoom=(1.0, 1.0), crop="centre", flip=float(which))
         sample = self.reader[index]
         if not self.with_depth[index]:
             sample = sample.replace(depth=None)
-        return self.augment(sample, np.random.default_rng((*self.key, epoch, index)))
+        return augment(sample, np.random.default_rng(key))
 
 
 def supervised(count: int, fraction: float, seed: int) -> np.ndarray:
@@ -51,7 +63,8 @@ class Order(Sampler):
     def __init__(self, count: int, recipe: Recipe, stage_index: int, start: int, rank: int, world: int):
         stage = recipe.stages[stage_index]
         self.seed, self.stage = (recipe.seed, stage_index, 1), stage
-        self.count, self.start, self.rank, self.world = count, start, rank, world
+        self.count = samples(count, stage)
+        self.start, self.rank, self.world = start, rank, world
         self.per_epoch = steps_per_epoch(count, stage, world) * stage.accumulate
 
     def __len__(self) -> int:
@@ -60,7 +73,8 @@ class Order(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         batch = self.stage.batch
         for epoch in range(self.start // self.per_epoch, self.stage.epochs):
-            order = np.random.default_rng((*self.seed, epoch)).permutation(self.count)
+            shuffle = 0 if self.stage.augmentation == "offline" else epoch  # "shuffled randomly once"
+            order = np.random.default_rng((*self.seed, shuffle)).permutation(self.count)
             needed = self.per_epoch * batch * self.world
             order = np.resize(order, needed)  # a data set smaller than one batch is repeated
             first = max(0, self.start - epoch * self.per_epoch)
@@ -69,9 +83,15 @@ class Order(Sampler):
                 yield [(epoch, int(i)) for i in order[at : at + batch]]
 
 
+def samples(count: int, stage: Stage) -> int:
+    """What an epoch over a reader of `count` samples holds."""
+    return count * (OFFLINE if stage.augmentation == "offline" else 1)
+
+
 def steps_per_epoch(count: int, stage: Stage, world: int) -> int:
-    """Updates in an epoch; the remainder of an epoch that fills no batch is dropped (another one in each epoch)."""
-    return max(1, count // (stage.batch * stage.accumulate * world))
+    """Updates in an epoch; the remainder of an epoch that fills no batch is dropped (another one in each epoch, but for
+    offline augmentation)."""
+    return max(1, samples(count, stage) // (stage.batch * stage.accumulate * world))
 
 
 def batches(
