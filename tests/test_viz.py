@@ -283,3 +283,14 @@ def test_ply_refuses_other_places(tmp_path):
         viz.write_ply(tmp_path / "a.xyz", np.zeros((1, 3), np.float32))
     with pytest.raises(UserError, match="absent"):
         viz.write_ply(tmp_path / "absent" / "a.ply", np.zeros((1, 3), np.float32))
+
+
+def test_titles_of_strips_are_whole():
+    """Their ink ends above the pictures."""
+    space = labels.get("camvid11")
+    maps = {"s1": np.zeros((60, 80), np.uint8), "truth": np.ones((60, 80), np.uint8)}
+    sheet = viz.strips([(np.zeros((60, 80, 3)), maps)], space).min(2) < 100
+    first = next(y for y in range(len(sheet)) if sheet[y].mean() > 0.2)  # where the black photo begins
+    assert sheet[:first].any()
+    assert not sheet[:4].any()
+    assert not sheet[first - 2 : first].any()

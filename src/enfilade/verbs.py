@@ -37,7 +37,7 @@ from enfilade.options import (
     read_camera,
     use_threads,
 )
-from enfilade.verbs_data import DataCheck, DataHHA, DataPrepare, DataShow, DataWeights
+from enfilade.verbs_data import DataCheck, DataHHA, DataPrepare, DataRegions, DataShow, DataWeights
 
 
 @dataclass(frozen=True)
@@ -491,6 +491,7 @@ Verb = (
     | DataCheck
     | DataShow
     | DataWeights
+    | DataRegions
     | Export
     | Refine
     | Demo
@@ -507,6 +508,7 @@ VERBS: dict[str, type[Verb]] = {
     "data check": DataCheck,
     "data show": DataShow,
     "data weights": DataWeights,
+    "data regions": DataRegions,
     "export": Export,
     "refine": Refine,
     "demo": Demo,

@@ -162,3 +162,35 @@ class DataWeights:
         weights.write(document, self.out)
         print(json.dumps(document, indent=1) if self.json else f"{weights.text(document)}\n\n{self.out}")
         return 1 if counts.broken else 0
+
+
+@dataclass(frozen=True)
+class DataRegions:
+    """Write region support (RSN's Algorithm 1) for a data set with labels and depth, and show some of it."""
+
+    name: Annotated[Positional[str], arg(metavar="NAME", help_behavior_hint="")]
+    """The data set: nyuv2, sunrgbd, frames with labels, or rooms."""
+    out: Folder
+    """Folder for NAME.png of each sample (16 bit, millimetres) and sheet.png; what is there is kept."""
+    root: MaybeFolder = None
+    """Folder of the data (rooms are rendered and need none)."""
+    split: Name = "train"
+    """Split to read."""
+    show: Count = 6
+    """Samples on the sheet: RGB, labels, depth, region support; 0 for no sheet."""
+    option: Options = ()
+    """Option of the data set's reader, e.g. --option length=20 for rooms."""
+
+    def run(self) -> int:
+        from enfilade.data.region_files import show_region_support, write_region_support
+
+        reader = open_reader(self.name, self.root, self.split, parse_options(self.option))
+        found = write_region_support(reader, self.out, quiet=False)
+        for name, why in found.broken:
+            complain(f"{name}: {why}")
+        print(f"{found.written} written, {found.present} there before, {len(found.broken)} broken: {self.out}")
+        if self.show > 0:
+            sheet = Path(self.out, "sheet.png")
+            show_region_support(reader, sheet, count=self.show)
+            print(sheet)
+        return 1 if found.broken else 0

@@ -317,11 +317,11 @@ def strips(
     heights = [round(width * photo.shape[0] / photo.shape[1]) for photo, _ in rows]
     size, head = 15, 26
     across = MARGIN * 2 + len(titles) * (width + GAP) - GAP
-    sheet = Image.new("RGB", (across, head + MARGIN + sum(h + GAP for h in heights)), PAPER)
+    sheet = Image.new("RGB", (across, MARGIN + head + sum(h + GAP for h in heights)), PAPER)
     draw = ImageDraw.Draw(sheet)
     for i, title in enumerate(titles):
-        draw.text((MARGIN + i * (width + GAP), MARGIN + 2), title, INK, _font(size), anchor="lm")
-    top = head
+        draw.text((MARGIN + i * (width + GAP), (MARGIN + head) / 2), title, INK, _font(size), anchor="lm")
+    top = MARGIN + head - GAP // 2
     for (photo, maps), height in zip(rows, heights):
         cells = [_scaled(as_uint8(photo), width, height)]
         cells += [_scaled(space.colourise(labels), width, height, smooth=False) for labels in maps.values()]
