@@ -21,7 +21,7 @@ from enfilade.types import Output
 H, W = 48, 64
 META = {"space": "nyu40", "size": [H, W], "focal": 52.0}
 TRUTH = np.where(np.arange(W) < W // 2, 3, 7)[None].repeat(H, 0)  # two walls
-SHARP = CRF(kernels=(Kernel(xy=80.0, rgb=13.0), Kernel(xy=50.0, depth=0.2), Kernel(xy=3.0)))
+SHARP = CRF(kernels=(Kernel(xy=80.0, rgb=13.0), Kernel(xy=50.0, depth=0.2), Kernel(xy=3.0)), weights=(3.0, 2.0, 1.0))
 
 
 def photo() -> np.ndarray:
@@ -196,4 +196,4 @@ def test_evaluate_takes_the_crf(folder, capsys, monkeypatch):
     words = ["evaluate", "--data", "rooms", "--option", "length=1", "--option", "height=48", "--option", "width=64"]
     assert main([*words, "--crf", "--json"]) == 0
     assert seen["crf"] is True
-    assert json.loads(capsys.readouterr().out)["protocol"]["crf"].startswith("5 iterations of 3 x (xy 80")
+    assert json.loads(capsys.readouterr().out)["protocol"]["crf"].startswith("5 iterations of 4 x (xy 160")

@@ -359,8 +359,9 @@ def joint_row(name: str, weights: str | None = None) -> Recipe:
     if count == 1:
         arguments["depth"] = False
     if crf != "none":
-        # The paper's, which are for its 513 pixels of the sensor's 640; colours as dense CRFs commonly have them
-        arguments |= {"crf": crf, "theta": ((80, 13), (27, 0.2), (3,)), "crf_stride": 2}
+        # Those of `refine.CRF`, in pixels of the network: wider in colour than the paper's (160, 3), lighter than 7, 4, 3
+        theta = ((86, 8), (54, 0.2), (2,))
+        arguments |= {"crf": crf, "theta": theta, "crf_weights": (4, 1, 1), "crf_stride": 2}
     return Recipe(
         name=name,
         model="joint",

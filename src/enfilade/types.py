@@ -24,7 +24,7 @@ IGNORE = 255
 
 
 @dataclass(frozen=True, slots=True)
-class VoxelGrid:
+class LabelVolume:
     """A labelled volume in the world frame (Z up).
 
     `labels[i, j, k]` is the voxel whose corner lies at `origin + size * (i, k, j)`: the array's axes run along the
@@ -48,7 +48,7 @@ class Sample:
     instances: Int32[np.ndarray, "h w"] | None = None
     normals: Float32[np.ndarray, "h w 3"] | None = None  # unit, camera frame, facing the camera; 0 where unknown
     hha: Float32[np.ndarray, "h w 3"] | None = None  # ops.hha.hha() / 255
-    voxels: VoxelGrid | None = None
+    voxels: LabelVolume | None = None
 
     def replace(self, **changes) -> "Sample":
         return replace(self, **changes)

@@ -437,11 +437,11 @@ class Refine:
     """Label space of the classes, for the overlay: nyu40, camvid11 ..."""
     iterations: Count = 5
     """Of mean field."""
-    weights: Annotated[tuple[float, float, float], arg(metavar="W W W")] = (3.0, 2.0, 1.0)
+    weights: Annotated[tuple[float, float, float], arg(metavar="W W W")] = (4.0, 1.0, 1.0)
     """Of the kernels: colour and place, depth and place, place alone."""
-    xy: Annotated[tuple[float, float, float], arg(metavar="PX PX PX")] = (80.0, 50.0, 3.0)
+    xy: Annotated[tuple[float, float, float], arg(metavar="PX PX PX")] = (160.0, 100.0, 3.0)
     """Their widths in pixels of a 640x480 image."""
-    rgb: Annotated[float, arg(metavar="LEVELS")] = 13.0
+    rgb: Annotated[float, arg(metavar="LEVELS")] = 8.0
     """Width of the first in colours of 0 to 255."""
     metres: Annotated[float, arg(metavar="METRES")] = 0.2
     """Width of the second in depth."""

@@ -16,7 +16,7 @@ from numba import njit
 from enfilade import labels
 from enfilade.data import room_shell as shell
 from enfilade.data.room_scene import Scene
-from enfilade.types import IGNORE, VoxelGrid
+from enfilade.types import IGNORE, LabelVolume
 
 SHAPE = (240, 144, 240)  # X, Z (up), Y
 SIZE = 0.02
@@ -120,7 +120,7 @@ def origin_of(scene: Scene) -> np.ndarray:
     return np.array([x, np.clip(far + 0.1 - reach, 0.0, 0.9), FLOOR])
 
 
-def voxelise(scene: Scene) -> VoxelGrid:
+def voxelise(scene: Scene) -> LabelVolume:
     """The SSC-12 labels of the scene (see the module's text)."""
     to_ssc = labels.mapping("nyu40", "ssc12")
     origin = origin_of(scene)
@@ -143,4 +143,4 @@ def voxelise(scene: Scene) -> VoxelGrid:
         first, last = scene.part_faces[part : part + 2]
         _fill(vertices, scene.faces, first, last, label_of[first], grid, crossings, counts)
     _paint(vertices, scene.faces, np.flatnonzero(~open_faces), label_of, grid, 0)
-    return VoxelGrid(grid, origin, SIZE)
+    return LabelVolume(grid, origin, SIZE)
