@@ -349,7 +349,7 @@ def test_what_does_not_fit_starts_anew_and_is_named(tmp_path, capsys):
     run(tiny(stage(epochs=1)), Boards(2), tmp_path / "first")
     more = tiny(stage(epochs=1), arguments={"classes": CLASSES + 1})
     run(more, Boards(2), tmp_path / "second", init=tmp_path / "first", quiet=False)
-    assert "random are classifier.bias, classifier.weight" in capsys.readouterr().out
+    assert "new are classifier.bias, classifier.weight" in capsys.readouterr().out
     other = Recipe(
         "other", "lrn", {"classes": 3, "encoder": "vgg11_bn"}, (stage(losses={"focal": 1.0}),), scale=1.0, focal=None
     )

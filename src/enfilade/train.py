@@ -154,7 +154,7 @@ def start_from(network: nn.Module, init: str | Path) -> str:
     network.load_state_dict(fitting, strict=False)
     fresh = sorted(own.keys() - fitting.keys())
     text = f"starts from {path} ({len(fitting)} of {len(own)} tensors)"
-    return f"{text}; random are {', '.join(fresh[:3])}{' and more' if len(fresh) > 3 else ''}" if fresh else text
+    return f"{text}; new are {', '.join(fresh[:3])}{' and more' if len(fresh) > 3 else ''}" if fresh else text
 
 
 def model_meta(recipe: Recipe, ignored: tuple[int, ...], extra: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 * Firman et al.: Structured prediction of unobserved voxels from a single depth image, CVPR 2016 (NYUCAD: the same
   frames with depth rendered from the volumes, so that both agree)
 
-The folder is SSCNet's `data`, or its `depthbin`:
+The folder is SSCNet's `data`, or its `depthbin`::
 
     depthbin/
         NYUtrain/      NYU0003_0000.bin   the labelled volume and the camera's pose
@@ -13,7 +13,8 @@ The folder is SSCNet's `data`, or its `depthbin`:
         NYUtest/       likewise; the number is NYUv2's 1-based index
         NYUCADtrain/   the same names, with rendered depth
         NYUCADtest/
-    or one folder of such frames without this tree (split "all"), where NYUCAD's depth is NYU0003_0000_cad_depth.png
+
+Or one folder of such frames without this tree (split "all"), where NYUCAD's depth is NYU0003_0000_cad_depth.png.
 
 Colour is not among SSCNet's files. It is looked for beside them as NYU0003_0000_rgb, NYU0003_0000_colors or NYU0003_rgb
 (.png or .jpg), or in a folder `rgb` of NYUv2's frames: 0003.png or 0003.jpg.
