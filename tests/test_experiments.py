@@ -1,6 +1,7 @@
 """Reproducing a table: rows are trained, scored and set beside the paper's, which ours never touch."""
 
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -145,3 +146,53 @@ def test_a_row_without_its_peer_library_is_left_out(street, tmp_path, monkeypatc
     options = {"data": "camvid", "root": str(street), "out": tmp_path / "out", "workers": 0, "quiet": True}
     with pytest.raises(UserError, match=r"no row .* U-Net \(peer\): needs segmentation_models_pytorch"):
         experiments.reproduce("lrn-table2", rows=("unet-camvid",), **options)
+
+
+def tiny_joint(name, weights=None):
+    recipe = recipes.RECIPES[name](weights)
+    small = {"encoder": "test_efficientnet", "widths": (4, 4, 4, 4, 4), "bins": 5}
+    small |= {"theta": ((6, 13), (4, 0.2), (2,))} if "theta" in recipe.arguments else {}
+    return recipe.replace(arguments=recipe.arguments | small).with_stages(size=(32, 32), batch=2)
+
+
+def test_rows_go_on_from_the_stages_that_they_share(root, tmp_path, monkeypatch):
+    """What comes out is what each row would have become alone."""
+    from safetensors.torch import load_file
+
+    from enfilade.data import open_dataset
+    from enfilade.train import train
+
+    monkeypatch.setattr(experiments.recipes, "get", tiny_joint)
+    options = {"root": str(root), "out": tmp_path / "out", "epochs": 1, "workers": 0, "quiet": True}
+    text = experiments.reproduce("joint-table3", rows=("joint-sem", "joint-sem-depth", "joint-crf-depth"), **options)
+    saved = json.loads((tmp_path / "out/joint-table3.json").read_text())["rows"]
+    assert [r["run"]["updates"] for r in saved] == [2, 4, 6]
+    assert saved[0]["ours"]["rmse"] is None  # that row has no depth
+    assert "| Sem-CRF+ | 39.2 | 52.3 | 68.6 |" in text
+    assert "w of depth" in text  # what the CRF has learned
+    assert cv2.imread(str(tmp_path / "out/joint-table3.png")) is not None
+
+    data = open_dataset("nyuv2", str(root), "train")
+    train(tiny_joint("joint-crf-depth").with_stages(epochs=1), data, out=tmp_path / "whole", workers=0, quiet=True)
+    rows, whole = (
+        load_file(folder / "final.safetensors") for folder in (tmp_path / "out/joint-crf-depth", tmp_path / "whole")
+    )
+    assert rows.keys() == whole.keys()
+    for name, tensor in whole.items():
+        np.testing.assert_array_equal(rows[name], tensor, err_msg=name)
+
+    again = experiments.reproduce("joint-table2", rows=("joint-crf-depth",), **options)  # trained already
+    assert "| RMSE (m) | 0.816 |" in again
+
+
+def test_what_rows_share():
+    sem, both, crf, rgbd = (recipes.get(name) for name in recipes.JOINT_ROWS)
+    a, b, c = Path("a"), Path("b"), Path("c")
+    trained = [(sem, a), (both, b)]
+    assert experiments.shared(crf, trained) == (b, 2)
+    assert experiments.shared(rgbd, [*trained, (crf, c)]) == (b, 2)  # crf has as many stages, and another CRF
+    assert experiments.shared(both, trained[:1]) == (a, 1)
+    assert experiments.shared(both, [(sem.replace(seed=1), a)]) == (None, 0)
+    other = sem.replace(arguments=sem.arguments | {"encoder": "resnet50"})
+    assert experiments.shared(both, [(other, a)]) == (None, 0)
+    assert experiments.shared(both, [(sem.with_stages(epochs=1), a)]) == (None, 0)

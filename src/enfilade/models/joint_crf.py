@@ -132,6 +132,14 @@ class Branches(nn.Module):
         return [top(feature) for top, feature in zip(self.tops, self.trunk(image))]
 
 
+def heads(channels: Sequence[int], out: int) -> nn.ModuleList:
+    """A 1x1 convolution for each branch; all answers start out alike."""
+    made = nn.ModuleList(nn.Conv2d(c, out, 1) for c in channels)
+    for name, parameter in made.named_parameters():
+        nn.init.normal_(parameter, std=0.01) if name.endswith("weight") else nn.init.zeros_(parameter)
+    return made
+
+
 def summed(scores: Sequence[Float[Tensor, "b k _ _"]]) -> Float[Tensor, "b k h w"]:
     """The scores of all branches, resized to the finest and summed. From coarse to fine, so that each is resized by
     one step only: bilinear doubling, again and again."""
@@ -201,11 +209,8 @@ class JointCRF(nn.Module):
         self.loaded = self.branches.loaded
         self.stride = 8 if encoder == TABLE_1 else 32
         self.bin_length, self.crf_stride = bin_length, crf_stride
-        self.semantic = nn.ModuleList(nn.Conv2d(c, classes, 1) for c in self.branches.channels)
-        self.depth = nn.ModuleList(nn.Conv2d(c, bins, 1) for c in self.branches.channels) if depth else None
-        for heads in (self.semantic, self.depth):
-            for name, parameter in () if heads is None else heads.named_parameters():
-                nn.init.normal_(parameter, std=0.01) if name.endswith("weight") else nn.init.zeros_(parameter)
+        self.semantic = heads(self.branches.channels, classes)
+        self.depth = heads(self.branches.channels, bins) if depth else None
         self.crf = None
         if crf != "none":
             kernels = paper_kernels(theta, crf_stride)
