@@ -33,6 +33,7 @@ MODELS: dict[str, str] = {
 # Models that ship inside the package.
 SHIPPED: dict[str, str] = {
     "gad-nyuv2": "weights/gad-nyuv2.safetensors",
+    "joint-nyuv2": "weights/joint-nyuv2.safetensors",
     "lrn-camvid": "weights/lrn-camvid.safetensors",
 }
 

@@ -87,7 +87,7 @@ TABLES: dict[str, Table] = {
     "joint-table2": Table(
         "Mousavian et al. Table 2, depth on NYUv2",
         _JOINT,
-        (Row("Ours (the paper's name)", "joint-crf-depth", (0.568, 0.856, 0.956, 0.2, 0.301, 0.816, 0.314, 0.061)),),
+        (Row("Sem-CRF+", "joint-crf-depth", (0.568, 0.856, 0.956, 0.2, 0.301, 0.816, 0.314, 0.061)),),
         {
             **{f"δ < 1.25{power}": f"depth delta{k}" for k, power in enumerate(("", "²", "³"), 1)},
             "abs rel": "depth abs_rel",

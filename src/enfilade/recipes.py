@@ -359,7 +359,7 @@ def joint_row(name: str, weights: str | None = None) -> Recipe:
     if count == 1:
         arguments["depth"] = False
     if crf != "none":
-        # Those of `refine.CRF`, in pixels of the network: wider in colour than the paper's (160, 3), lighter than 7, 4, 3
+        # Those of `refine.CRF`, in pixels of the network: wider in colour than the paper's (160, 3), lighter weights
         theta = ((86, 8), (54, 0.2), (2,))
         arguments |= {"crf": crf, "theta": theta, "crf_weights": (4, 1, 1), "crf_stride": 2}
     return Recipe(

@@ -4,8 +4,8 @@
 
 A voxel in view gets sign * min(1, distance to the nearest surface voxel / 0.24 m), positive before the surface that the
 camera sees and negative behind it; a surface voxel (one that a pixel's point lies in) gets 0. Voxels out of view, and
-those whose pixel has no depth in 0.5..8 m, get 1. *Flipped* values are `sign * max(0.001, 1 - |value|)`: strong near the
-surface, weak in the open, and 1 on the surface itself.
+those whose pixel has no depth in 0.5..8 m, get 1. *Flipped* values are `sign * max(0.001, 1 - |value|)`: strong near
+the surface, weak in the open, and 1 on the surface itself.
 
 Distances are taken between voxels, so only those of fewer than 12 steps matter. They come from one pass along each
 axis (z while the surface is marked, then x, then y), each over 23 neighbours at most, in one sweep with the sign:
