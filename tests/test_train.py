@@ -736,8 +736,8 @@ def test_offline_augmentation_has_six_fixed_pictures_of_each_sample():
 
 
 def test_crops_divide_depth_by_their_zoom():
-    recipe = tiny(stage(augmentation="offline", colour=0.0, size=(24, 32), zoom=(2.0, 2.0)), scale=0.5)
-    data = Augmented(Boards(2), recipe.replace(focal=Boards(2)[0].camera.fx * 0.5), 0)
+    recipe = tiny(stage(augmentation="offline", colour=0.0, size=(24, 32), zoom=(2.0, 2.0)))
+    data = Augmented(Boards(2), recipe.replace(scale=0.5, focal=Boards(2)[0].camera.fx * 0.5), 0)
     whole, crop = data[(0, 0)], data[(0, 2)]
     depths = {round(float(d), 3) for d in np.unique(whole.depth[whole.depth > 0])}
     assert {round(2 * float(d), 3) for d in np.unique(crop.depth[crop.depth > 0])} <= depths

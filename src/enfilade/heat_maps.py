@@ -27,7 +27,8 @@ def strongest(matrix: Float[np.ndarray, "k k"], names: Sequence[str], count: int
     both = (matrix + matrix.T) / 2
     rows, columns = np.triu_indices(len(both), 1)
     order = np.argsort(-both[rows, columns], kind="stable")[:count]
-    return [(names[rows[i]], names[columns[i]], float(both[rows[i], columns[i]])) for i in order]
+    pairs = zip(rows[order].tolist(), columns[order].tolist())
+    return [(names[i], names[j], float(both[i, j])) for i, j in pairs]
 
 
 def change(learned: Mapping[str, np.ndarray], start: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -6,14 +6,16 @@
     lattice = Lattice.build(features)              # b d h w, already divided by the standard deviations
     smooth = filter(values, lattice)               # b c h w, normalise="row": a weighted mean over the image
 
-Every point gets out = sum_j exp(-|f_i - f_j|^2 / 2) value_j, in time linear in the number of points: each *splats* its
-values onto the d + 1 vertices of the simplex that holds it, the vertices are *blurred* along each of d + 1 directions by
-(1/2, 1, 1/2), and the point *slices* its output from the same vertices. Only vertices that some point touches exist.
+Every point gets `out_i = sum_j exp(-|f_i - f_j|^2 / 2) value_j`, in time linear in the number of points: it *splats*
+its values onto the d + 1 vertices of the simplex that holds it, the vertices are *blurred* along each of d + 1
+directions by (1/2, 1, 1/2), and the point *slices* its output from the same vertices. Only vertices that some point
+touches exist.
 With S the splat and B_j the blurs this is K = a S^T B_d ... B_0 S, so that the adjoint K^T runs the blurs backwards.
 
 The lattice is an approximation: on photographs its row-normalised outputs lie 1 to 3 % (d = 2) and 4 to 8 % (d = 5) off
 the exact Gaussian's in relative L2 (`benchmarks/crf.py` measures it), and its unnormalised ones are too small by a
-factor of 1.1 to 1.9, so normalise. It is linear in the values and differentiable in them, to any order; features are data.
+factor of 1.1 to 1.9, so normalise. It is linear in the values and differentiable in them, to any order; features are
+data.
 
 float32 tensors on a CPU run compiled loops on `torch.get_num_threads()` threads; every other type and device runs torch
 operations. Results repeat exactly for a given number of threads. The loops are compiled at the first call after an
@@ -54,8 +56,8 @@ class Lattice:
 
     @staticmethod
     def build(features: Float[Tensor, "*b d h w"]) -> "Lattice":
-        """The lattice of `features`, d h w or b d h w with d from 1 to 8, in units of the Gaussian's standard deviation:
-        pixel coordinates / theta_xy, colours / theta_rgb and so on. It lands on the device of `features`.
+        """The lattice of `features`, d h w or b d h w with d from 1 to 8, in units of the Gaussian's standard
+        deviation: pixel coordinates / theta_xy, colours / theta_rgb and so on. It lands on the device of `features`.
 
         Raises UserError for another shape, for features that are not finite, and where they span so many standard
         deviations that the vertices cannot be numbered in 64 bits."""
@@ -173,7 +175,9 @@ def _filter_torch(values: Tensor, lattice: Lattice, transpose: bool) -> Tensor:
         table.index_add_(0, corner, rows * weight[:, None])
     for neighbours in reversed(lattice.neighbours) if transpose else lattice.neighbours:
         table = table + 0.5 * (table[neighbours[:, 0]] + table[neighbours[:, 1]])
-    out = sum(table[corner] * weight[:, None] for corner, weight in zip(lattice.offsets.T, weights.T))
+    out = torch.zeros_like(rows)
+    for corner, weight in zip(lattice.offsets.T, weights.T):
+        out = out + table[corner] * weight[:, None]
     b, h, w = lattice.size
     return (lattice.gain * out).view(b, h, w, -1).permute(0, 3, 1, 2)
 
@@ -228,7 +232,6 @@ def _build(features: Float32[np.ndarray, "b d p"]) -> tuple[np.ndarray, np.ndarr
     low, stride = np.array(low), np.array(stride)
 
     offsets, weights = np.empty((b * p, d + 1), np.int32), np.empty((b * p, d + 1), np.float32)
-    edges = []
 
     def locate(_, start, stop):
         return start, stop, _locate(features, scale, low, stride, start, stop, offsets, weights)
@@ -238,7 +241,8 @@ def _build(features: Float32[np.ndarray, "b d p"]) -> tuple[np.ndarray, np.ndarr
     numbers, keys, slots = _number(np.concatenate([keys for *_, keys in parts]))
     edges = np.cumsum([0, *(len(keys) for *_, keys in parts)])
     for (start, stop, _), left, right in zip(parts, edges, edges[1:]):
-        run_parts(lambda _, i, j: _renumber(offsets[start:stop], numbers[left:right], i, j), stop - start)
+        part, new = offsets[start:stop], numbers[left:right]
+        run_parts(lambda _, i, j, part=part, new=new: _renumber(part, new, i, j), len(part))
     neighbours = np.zeros((d + 1, len(keys), 2), np.int32)
     run_parts(lambda _, i, j: _neighbours(keys, slots, stride, max(i, 1), j, neighbours), len(keys))
     return offsets, weights, neighbours
@@ -280,7 +284,12 @@ def _locate(features, scale, low, stride, start, stop, offsets, weights):
     """Simplex and barycentric coordinates of points start..stop; returns the keys of the vertices, in order of their
     first use, with -1 for vertex 0."""
     d, p = features.shape[1:]
-    x, whole, rank, order = np.empty(d + 1), np.empty(d + 1, np.int64), np.empty(d + 1, np.int64), np.empty(d + 1, np.int64)
+    x, whole, rank, order = (
+        np.empty(d + 1),
+        np.empty(d + 1, np.int64),
+        np.empty(d + 1, np.int64),
+        np.empty(d + 1, np.int64),
+    )
     bary = np.empty(d + 2)
     keys, slots = np.empty(1 << 12, np.int64), np.zeros(1 << 13, np.int32)
     keys[0], m = -1, 1
@@ -431,7 +440,7 @@ def _splat_compiled(values: Float32[np.ndarray, "b c p"], lattice: Lattice) -> F
 
     table, *others = run_parts(part, len(offsets))
     for other in others:
-        run_parts(lambda _, start, stop: _accumulate(table.reshape(-1), other.reshape(-1), start, stop), table.size)
+        run_parts(lambda _, i, j, other=other: _accumulate(table.reshape(-1), other.reshape(-1), i, j), table.size)
     return table
 
 
@@ -440,8 +449,8 @@ def _blur_compiled(
 ) -> Float32[np.ndarray, "m width"]:
     spare, width = np.empty_like(table), table.shape[1]
     for neighbours in lattice.neighbours.numpy()[:: -1 if transpose else 1]:
-        source, target = table.reshape(-1), spare.reshape(-1)
-        run_parts(lambda _, start, stop: _blur(source, target, neighbours, width, start, stop), len(table))
+        arrays = table.reshape(-1), spare.reshape(-1), neighbours
+        run_parts(lambda _, start, stop, arrays=arrays: _blur(*arrays, width, start, stop), len(table))
         table, spare = spare, table
     return table
 
