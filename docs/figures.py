@@ -1,6 +1,6 @@
 """The pictures of the documentation that no other command makes.
 
-    python docs/figures.py            # writes docs/images/crf.png
+python docs/figures.py            # writes docs/images/crf.png
 """
 
 from pathlib import Path

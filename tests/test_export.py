@@ -1,5 +1,6 @@
 """Exported files against torch, at sizes and batches that the exporter never saw, and used by one who has no torch."""
 
+import copy
 import json
 import re
 import subprocess
@@ -156,6 +157,33 @@ def test_networks_of_the_label_refinement_paper(tmp_path, name):
     assert report.latency is None
     session = open_session(tmp_path / "m.onnx")
     for size in [(1, 64, 96), (2, 97, 65), (1, 31, 33)]:
+        agree(session, network, {"image": noise(3, *size)})
+
+
+def test_a_crf_is_left_out_on_request(tmp_path):
+    network = build("joint", classes=40, encoder="test_resnet", widths=(4,) * 5, bins=4, crf="rgb", crf_stride=2)
+    for head in network.depth:
+        head.weight.data *= 100  # untrained, it answers all but the same everywhere
+    with pytest.raises(UserError, match="ends in a dense CRF, which ONNX cannot express"):
+        export.export(Loaded(network, META), tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+    export.export(Loaded(network, META), tmp_path / "m.onnx", check=False, crf=False)
+    assert network.crf is not None  # the caller's keeps it
+    plain = copy.deepcopy(network)
+    plain.crf = None
+    session = open_session(tmp_path / "m.onnx")
+    for size in [(1, 64, 96), (2, 97, 65)]:
+        agree(session, plain, {"image": noise(3, *size)})
+
+
+@pytest.mark.parametrize(
+    "options", [{"fusion": "vanilla"}, {"affinity": "softmax"}, {"affinity": "window", "window": 3}]
+)
+def test_every_fusion(tmp_path, options):
+    network = build("gad", **GAD | {"encoder": "test_resnet", "widths": (8,), **options})
+    export.export(Loaded(network, META), tmp_path / "m.onnx", check=False)
+    session = open_session(tmp_path / "m.onnx")
+    for size in [(1, 64, 96), (2, 97, 65)]:
         agree(session, network, {"image": noise(3, *size)})
 
 

@@ -105,6 +105,7 @@ def export(
     opset: int = 20,
     check: bool = True,
     runs: int = 11,
+    crf: bool = True,
 ) -> ExportReport:
     """Write a model as one ONNX file whose batch, height and width are free.
 
@@ -116,6 +117,7 @@ def export(
         opset: the version of ONNX's operators, 19 to 23.
         check: run onnx's checker, compare onnxruntime with torch at several sizes and batches, time both.
         runs: whose median the latency is.
+        crf: False leaves out the dense CRF at the end of a network that has one. ONNX has no operators for it.
 
     Raises:
         UserError: no such model or format, a package that is not installed, a place that cannot be written to, a
@@ -131,6 +133,10 @@ def export(
         raise UserError(f"a size is a height and a width of at least one pixel, not {' x '.join(map(str, size))}")
     need_packages(PACKAGES if check else PACKAGES[:2])
     loaded = copy.deepcopy(model) if isinstance(model, Loaded) else load(model)
+    if getattr(loaded.network, "crf", None) is not None:
+        if crf:
+            raise UserError("this network ends in a dense CRF, which ONNX cannot express: export it without (--no-crf)")
+        loaded.network.crf = None  # pyright: ignore[reportAttributeAccessIssue]
     out = writable(Path(out))
 
     predictor = Predictor(loaded.network, loaded.meta, device="cpu", flip=False, precision="fp32")

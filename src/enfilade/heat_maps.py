@@ -28,7 +28,7 @@ def strongest(matrix: Float[np.ndarray, "k k"], names: Sequence[str], count: int
     rows, columns = np.triu_indices(len(both), 1)
     order = np.argsort(-both[rows, columns], kind="stable")[:count]
     pairs = zip(rows[order].tolist(), columns[order].tolist())
-    return [(names[i], names[j], float(both[i, j])) for i, j in pairs]
+    return [(str(names[i]), str(names[j]), float(both[i, j])) for i, j in pairs]
 
 
 def change(learned: Mapping[str, np.ndarray], start: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -401,6 +401,8 @@ class Export:
     """Image to time by; default: the training's. The file takes any size."""
     check: Flag = True
     """Neither compare nor time; without it both are done, and a file that differs from torch is not written."""
+    crf: Flag = True
+    """Leave out the dense CRF of a network that ends in one (joint-nyuv2), for which ONNX has no operators."""
     threads: MaybeCount = None
     """Threads to time with; default: OMP_NUM_THREADS, or all cores."""
     json: Flag = False
@@ -416,7 +418,8 @@ class Export:
         from enfilade import export
 
         use_threads(self.threads)
-        report = export.export(self.model, self.out, format=self.format, size=size, opset=self.opset, check=self.check)
+        options = {"format": self.format, "opset": self.opset, "check": self.check, "crf": self.crf}
+        report = export.export(self.model, self.out, size=size, **options)
         print(json.dumps(report.as_dict(), indent=1) if self.json else export.table(report))
         return 0
 
