@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from enfilade import evaluate, labels
+from enfilade import labels
 from enfilade.camera import Camera
 from enfilade.cli import main
 from enfilade.errors import UserError
@@ -96,7 +96,7 @@ def test_nothing_to_weigh_changes_nothing():
 
 
 def test_a_report_names_the_crf():
-    assert evaluate.describe(SHARP) == "5 iterations of 3 x (xy 80, rgb 13) + 2 x (xy 50, depth 0.2) + 1 x (xy 3)"
+    assert SHARP.describe() == "5 iterations of 3 x (xy 80, rgb 13) + 2 x (xy 50, depth 0.2) + 1 x (xy 3)"
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

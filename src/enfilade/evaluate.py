@@ -80,7 +80,7 @@ def score(
         if on_frame is not None:
             on_frame(i, sample, prediction)
     elapsed = time.perf_counter() - begun
-    augmentation = getattr(predictor, "augmentation", None)
+    augmentation, crf = getattr(predictor, "augmentation", None), getattr(predictor, "crf", None)
     protocol = {
         "data": reader.name,
         "frames": count,
@@ -91,7 +91,7 @@ def score(
         "depth_cap_m": depth_cap,
         "ignored_classes": [space.names[c] for c in ignored],
         "classes_scored": len(space) - len(ignored),
-        **({} if getattr(predictor, "crf", None) is None else {"crf": describe(predictor.crf)}),
+        **({} if crf is None else {"crf": crf.describe()}),
         **({"flip": False} if augmentation is None else augmentation.describe(predictor.meta["size"])),
         "seconds_per_frame": elapsed / count,
     }
@@ -103,12 +103,3 @@ def score(
     if not (seen_labels or seen_depth):
         raise UserError(f"nothing to score: {reader.name} has neither labels nor depth that this model predicts")
     return result
-
-
-def describe(crf) -> str:
-    """A CRF's kernels, weights and iterations in one line, for a report."""
-    kernels = []
-    for kernel, weight in zip(crf.kernels, crf.weights):
-        theta = {"xy": kernel.xy, "rgb": kernel.rgb, "depth": kernel.depth}
-        kernels.append(f"{weight:g} x (" + ", ".join(f"{k} {v:g}" for k, v in theta.items() if v is not None) + ")")
-    return f"{crf.iterations} iterations of " + " + ".join(kernels)

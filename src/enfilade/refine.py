@@ -68,6 +68,14 @@ class CRF:
             iterations=self.iterations,
         )
 
+    def describe(self) -> str:
+        """Kernels, weights and iterations in one line, for a report."""
+        kernels = []
+        for kernel, weight in zip(self.kernels, self.weights):
+            theta = {"xy": kernel.xy, "rgb": kernel.rgb, "depth": kernel.depth}
+            kernels.append(f"{weight:g} x (" + ", ".join(f"{k} {v:g}" for k, v in theta.items() if v is not None) + ")")
+        return f"{self.iterations} iterations of " + " + ".join(kernels)
+
 
 def read_probabilities(path: str | Path, classes: int | None = None) -> Float32[np.ndarray, "k h w"]:
     """Class probabilities from a .npy file, or an .npz file that holds one array or one called "probabilities":
