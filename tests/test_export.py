@@ -161,7 +161,9 @@ def test_networks_of_the_label_refinement_paper(tmp_path, name):
 
 
 def test_a_crf_is_left_out_on_request(tmp_path):
-    network = build("joint", classes=40, encoder="test_resnet", widths=(4,) * 5, bins=4, crf="rgb", crf_stride=2)
+    network = build(
+        "joint", classes=40, encoder="test_resnet", widths=(4,) * 5, bins=4, bin_length=1.0, crf="rgb", crf_stride=2
+    )
     for head in network.depth:
         head.weight.data *= 100  # untrained, it answers all but the same everywhere
     with pytest.raises(UserError, match="ends in a dense CRF, which ONNX cannot express"):
