@@ -136,7 +136,7 @@ def export(
     if getattr(loaded.network, "crf", None) is not None:
         if crf:
             raise UserError("this network ends in a dense CRF, which ONNX cannot express: export it without (--no-crf)")
-        loaded.network.crf = None  # pyright: ignore[reportAttributeAccessIssue]
+        loaded.network.crf = None  # pyright: ignore
     out = writable(Path(out))
 
     predictor = Predictor(loaded.network, loaded.meta, device="cpu", flip=False, precision="fp32")
