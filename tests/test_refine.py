@@ -17,6 +17,7 @@ from enfilade.ops.crf import refine as refine_reference
 from enfilade.predict import Predictor
 from enfilade.refine import CRF, read_depth, read_probabilities, refine_files
 from enfilade.types import Output
+from enfilade.verbs import Refine
 
 H, W = 48, 64
 META = {"space": "nyu40", "size": [H, W], "focal": 52.0}
@@ -93,6 +94,15 @@ def test_nothing_to_weigh_changes_nothing():
     probabilities, image = noisy(size=(H, W)).softmax(1), torch.rand(1, 3, H, W)
     for crf in (CRF(weights=(0.0, 0.0, 0.0)), CRF(iterations=0)):
         torch.testing.assert_close(crf(probabilities, image), probabilities, atol=1e-5, rtol=1e-4)
+
+
+def test_the_command_line_has_the_same_defaults():
+    """They stand in both places, because the command line must not import torch to show its help."""
+    words, crf = Refine("p.npy", "photo.jpg"), CRF()
+    colour, depth, place = crf.kernels
+    assert words.xy == (colour.xy, depth.xy, place.xy)
+    assert (words.rgb, words.metres) == (colour.rgb, depth.depth)
+    assert (words.weights, words.iterations) == (crf.weights, crf.iterations)
 
 
 def test_a_report_names_the_crf():

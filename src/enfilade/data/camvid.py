@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from enfilade.data.files import demand_size, read_map, read_rgb
+from enfilade.data.files import demand_files, demand_size, read_map, read_rgb
 from enfilade.errors import UserError, unknown
 from enfilade.labels import IGNORE, SPACES
 from enfilade.types import Sample
@@ -107,7 +107,7 @@ class CamVid:
             )
         if not files:
             raise UserError(f"{self.root}: split {split!r} has no frames")
-        _demand([path for _, pair in files for path in pair], self.name)
+        demand_files([path for _, pair in files for path in pair], self.name, "take the other file of the frame away")
         self.names = tuple(name for name, _ in files)
         self._files = [pair for _, pair in files]
 
@@ -184,17 +184,6 @@ def _stems(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
                 raise UserError(f"{found[path.stem]} and {path.name} are one frame twice: keep one of them")
             found[path.stem] = path
     return found
-
-
-def _demand(paths: list[Path], name: str):
-    """Folders are listed once: asking for each file alone is slow on network drives."""
-    present = {folder: set(os.listdir(folder)) for folder in {path.parent for path in paths}}
-    missing = [path for path in paths if path.name not in present[path.parent]]
-    if missing:
-        raise FileNotFoundError(
-            f"{missing[0]} not found ({len(missing)} of the {len(paths)} files of {name} are missing): complete the "
-            "folder, or take the other file of the frame away"
-        )
 
 
 # --- the 32 colours ---------------------------------------------------------------------------------------------------

@@ -29,11 +29,11 @@ class Augmented(Dataset):
         self.augment = Augment(
             stage.size, scale=recipe.scale, focal=recipe.focal, zoom=stage.zoom, flip=stage.flip, colour=stage.colour
         )
-        self.offline = stage.augmentation == "offline"
+        self.offline, self.length = stage.augmentation == "offline", samples(len(reader), stage)
         self.with_depth = supervised(len(reader), recipe.depth_fraction, recipe.seed)
 
     def __len__(self) -> int:
-        return len(self.reader) * (OFFLINE if self.offline else 1)
+        return self.length
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item

@@ -5,6 +5,7 @@ and the three must stay aligned. (A user's single photos are turned upright: `en
 """
 
 import os
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -74,4 +75,16 @@ def demand_size(array: Shaped[np.ndarray, "_ _ *c"], path: Path, image: Float32[
         raise UserError(
             f"{path} is {array.shape[1]}x{array.shape[0]}, but {of.name} {image.shape[1]}x{image.shape[0]}: "
             "the files of one frame have one size"
+        )
+
+
+def demand_files(paths: Sequence[Path], name: str, way_out: str) -> None:
+    """Raise FileNotFoundError where files of the data set `name` are missing; `way_out` is what else to do than to
+    complete the folder. Folders are listed once: asking for each file alone is slow on network drives."""
+    present = {folder: set(os.listdir(folder)) if folder.is_dir() else () for folder in {p.parent for p in paths}}
+    missing = [path for path in paths if path.name not in present[path.parent]]
+    if missing:
+        raise FileNotFoundError(
+            f"{missing[0]} not found ({len(missing)} of the {len(paths)} files of {name} are missing): complete the "
+            f"folder, or {way_out}"
         )

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from enfilade.data.files import demand_size, read_map, read_rgb
+from enfilade.data.files import demand_files, demand_size, read_map, read_rgb
 from enfilade.errors import UserError, unknown
 from enfilade.labels import IGNORE, SPACES
 from enfilade.types import Sample
@@ -70,7 +70,7 @@ class VOC2012:
             raise UserError(f"{self.root}: split {split!r} has no frames")
         self.names = tuple(Path(image).stem for image, _ in pairs)
         self._files = [(self.root / image, self.root / labels) for image, labels in pairs]
-        _demand([path for pair in self._files for path in pair], self.name)
+        demand_files([path for pair in self._files for path in pair], self.name, "take the id out of the list")
 
     def _aug(self, aug_list: str | os.PathLike | None) -> list[tuple[str, str]]:
         places = [self.root / _LISTS / name for name in _AUG_LISTS] if aug_list is None else [Path(aug_list)]
@@ -132,14 +132,3 @@ def _lines(path: Path, split: str) -> list[str]:
 
 def _listed(folder: Path) -> list[str]:
     return os.listdir(folder) if folder.is_dir() else []
-
-
-def _demand(paths: list[Path], name: str):
-    """Folders are listed once: asking for each file alone is slow on network drives."""
-    present = {folder: set(_listed(folder)) for folder in {path.parent for path in paths}}
-    missing = [path for path in paths if path.name not in present[path.parent]]
-    if missing:
-        raise FileNotFoundError(
-            f"{missing[0]} not found ({len(missing)} of the {len(paths)} files of {name} are missing): complete the "
-            "folder, or take the id out of the list"
-        )

@@ -450,7 +450,7 @@ def _blur_compiled(
     spare, width = np.empty_like(table), table.shape[1]
     for neighbours in lattice.neighbours.numpy()[:: -1 if transpose else 1]:
         arrays = table.reshape(-1), spare.reshape(-1), neighbours
-        run_parts(lambda _, start, stop, arrays=arrays: _blur(*arrays, width, start, stop), len(table))
+        run_parts(lambda _, start, stop, arrays=arrays: blur_rows(*arrays, width, start, stop), len(table))
         table, spare = spare, table
     return table
 
@@ -496,7 +496,7 @@ def _accumulate(table, other, start, stop):
 
 @njit(cache=True, nogil=True)
 @no_type_check
-def _blur(source, target, neighbours, width, start, stop):
+def blur_rows(source, target, neighbours, width, start, stop):
     half = np.float32(0.5)
     for v in range(start, stop):
         row, back, forth = v * width, neighbours[v, 0] * width, neighbours[v, 1] * width

@@ -19,7 +19,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from enfilade.ops.lattice import Lattice, Normalise, _blur, run_parts
+from enfilade.ops.lattice import Lattice, Normalise, blur_rows, run_parts
 from enfilade.ops.mean_field_loops import (
     END,
     RESUME,
@@ -169,7 +169,7 @@ class _Tables:
                 if (left := len(neighbours) - 1 - i) >= 0:
                     rows, target = slice(first * self.width, end * self.width), other if left else blurred
                     along = neighbours[left if reverse else i]
-                    _blur(source[rows], target[rows], along, self.width, start - first, stop - first)
+                    blur_rows(source[rows], target[rows], along, self.width, start - first, stop - first)
 
             self.joint.spread(part)
         return blurred
