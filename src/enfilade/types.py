@@ -37,6 +37,19 @@ class LabelVolume:
 
 
 @dataclass(frozen=True, slots=True)
+class Completion:
+    """What a frame gives and asks of a completion network: `data.volumes.encode` makes it. Grid axes as of
+    `ops.voxels`; the output grid is a quarter of the input grid along each axis."""
+
+    tsdf: Float32[np.ndarray, "x y z"]  # flipped (ops.tsdf), of the input grid, 240 x 144 x 240
+    volume: UInt8[np.ndarray, "i j k"] | None  # labels of the output grid, 60 x 36 x 60: 0 empty, 255 ignored
+    scored: Bool[np.ndarray, "i j k"] | None  # where semantic scene completion is scored
+    occluded: Bool[np.ndarray, "i j k"] | None  # where scene completion is scored
+    voxels: Int32[np.ndarray, "h w"]  # each pixel's flat voxel of the output grid, -1 for none
+    pixels: Int32[np.ndarray, "i j k"]  # each voxel's flat pixel, -1 out of view
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One example as a reader gives it, at its native size."""
 
@@ -49,6 +62,9 @@ class Sample:
     normals: Float32[np.ndarray, "h w 3"] | None = None  # unit, camera frame, facing the camera; 0 where unknown
     hha: Float32[np.ndarray, "h w 3"] | None = None  # ops.hha.hha() / 255
     voxels: LabelVolume | None = None
+    support: Float32[np.ndarray, "h w"] | None = None  # metres, 0 at void: ops.regions.region_support
+    regions: Int32[np.ndarray, "h w"] | None = None  # ops.regions.regions: 1, 2, ...; 0 at void
+    completion: "Completion | None" = None
 
     def replace(self, **changes) -> "Sample":
         return replace(self, **changes)
@@ -64,6 +80,14 @@ class Batch:
     depth: Float[Tensor, "b h w"] | None = None
     hha: Float[Tensor, "b 3 h w"] | None = None
     cameras: tuple[Camera | None, ...] = ()
+    support: Float[Tensor, "b h w"] | None = None
+    regions: Int64[Tensor, "b h w"] | None = None
+    tsdf: Float[Tensor, "b 1 x y z"] | None = None  # these six: `Completion`
+    volume: Int64[Tensor, "b i j k"] | None = None
+    scored: Bool[Tensor, "b i j k"] | None = None
+    occluded: Bool[Tensor, "b i j k"] | None = None
+    voxels: Int64[Tensor, "b h w"] | None = None
+    pixels: Int64[Tensor, "b i j k"] | None = None
 
     def __len__(self) -> int:
         return len(self.image)
@@ -92,6 +116,12 @@ def collate(samples: Sequence[Sample]) -> Batch:
         tensor = torch.from_numpy(np.stack(values)).to(dtype)
         return tensor.movedim(-1, 1).contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
+    def encoded(field, dtype) -> Any:
+        """A field of `Completion`."""
+        values = [None if s.completion is None else getattr(s.completion, field) for s in samples]
+        return None if any(v is None for v in values) else torch.from_numpy(np.stack(values)).to(dtype)  # type: ignore
+
+    tsdf = encoded("tsdf", torch.float32)
     return Batch(
         image=stack("image", torch.float32),
         names=tuple(s.name for s in samples),
@@ -99,6 +129,14 @@ def collate(samples: Sequence[Sample]) -> Batch:
         depth=stack("depth", torch.float32, missing=lambda s: np.zeros(s.image.shape[:2], np.float32)),
         hha=stack("hha", torch.float32),
         cameras=tuple(s.camera for s in samples),
+        support=stack("support", torch.float32),
+        regions=stack("regions", torch.int64),
+        tsdf=None if tsdf is None else tsdf[:, None],
+        volume=encoded("volume", torch.int64),
+        scored=encoded("scored", torch.bool),
+        occluded=encoded("occluded", torch.bool),
+        voxels=encoded("voxels", torch.int64),
+        pixels=encoded("pixels", torch.int64),
     )
 
 
@@ -109,6 +147,9 @@ class Output:
     logits: Float[Tensor, "b k h w"] | None = None
     depth: Float[Tensor, "b _ _"] | None = None  # metres
     side_logits: tuple[Float[Tensor, "b k _ _"], ...] = ()
+    side_depths: tuple[Float[Tensor, "b _ _"], ...] = ()  # metres: what came before `depth`, in order
+    volume_logits: Float[Tensor, "b k _ _ _"] | None = None  # of the output grid
+    side_volume_logits: tuple[Float[Tensor, "b k _ _ _"], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +160,7 @@ class Prediction:
     labels: UInt8[np.ndarray, "h w"] | None = None
     depth: Float32[np.ndarray, "h w"] | None = None  # metres
     confidence: Float32[np.ndarray, "h w"] | None = None  # probability of the chosen label
+    depth_spread: Float32[np.ndarray, "h w"] | None = None  # metres: standard deviation over the network's iterations
     camera: Camera | None = None
     camera_source: str = "assumed"  # "given", "exif" or "assumed"
     space: str = "nyu40"  # name of the label space
