@@ -26,6 +26,7 @@ MODELS: dict[str, str] = {
     "lrn": "enfilade.models.label_refinement:LRN",
     "segnet": "enfilade.models.label_refinement:SegNet",
     "joint": "enfilade.models.joint_crf:JointCRF",
+    "rsn": "enfilade.models.region_support:RSN",
     "fcn8s": "enfilade.models.label_refinement:FCN8s",
     "peer": "enfilade.models.peers:Peer",
 }

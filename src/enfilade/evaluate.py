@@ -13,6 +13,7 @@ import numpy as np
 from enfilade import labels
 from enfilade.errors import UserError
 from enfilade.metrics import CROPS, DepthScore, SegmentationScore
+from enfilade.ops.regions import region_support
 from enfilade.types import Prediction, Sample
 
 
@@ -24,6 +25,7 @@ def score(
     depth_average: str = "image",
     depth_cap: float = 10.0,
     limit: int | None = None,
+    given: tuple[str, ...] = (),
     quiet: bool = False,
     on_frame: Callable[[int, Sample, Prediction], None] | None = None,
 ) -> dict[str, Any]:
@@ -35,6 +37,8 @@ def score(
         depth_average: "image" (mean of per-image scores) or "pixel" (over all pixels of the set).
         depth_cap: metres; deeper truth is not scored, deeper predictions are cut.
         limit: score only the first so many samples (said in the result).
+        given: what the predictor is told of each frame although its network could do without: "support", the true
+            region support, or "labels". What a network cannot do without is the truth, unless the predictor has a guide.
         on_frame: called after each frame, e.g. to write pictures.
 
     Returns: {"segmentation": ..., "depth": ..., "protocol": ..., "confusion": matrix, "names": ...}, plain types but
@@ -60,11 +64,13 @@ def score(
     if count == 0:
         raise UserError(f"nothing to score: {reader.name} has no samples in this split")
     needs = getattr(getattr(predictor, "network", None), "uses", ())
+    guide = getattr(predictor, "guide", None)
+    told = [name for name in dict.fromkeys((*needs, *given)) if name in given or name == "hha" or guide is None]
     seen_labels = seen_depth = False
     begun = time.perf_counter()
     for i in progress(range(count), "scoring", quiet):
         sample = reader[i]
-        more = {"hha": sample.hha} if "hha" in needs else {}
+        more = {name: true_map(sample, name) for name in told}
         prediction = predictor.predict(sample.image, camera=sample.camera, **more)
         if sample.labels is not None and prediction.labels is not None:
             seen_labels = True
@@ -92,6 +98,8 @@ def score(
         "ignored_classes": [space.names[c] for c in ignored],
         "classes_scored": len(space) - len(ignored),
         **({} if crf is None else {"crf": crf.describe()}),
+        **({"given": told} if told else {}),
+        **({"guide": guide.meta.get("recipe", "given")} if guide is not None else {}),
         **({"flip": False} if augmentation is None else augmentation.describe(predictor.meta["size"])),
         "seconds_per_frame": elapsed / count,
     }
@@ -103,3 +111,17 @@ def score(
     if not (seen_labels or seen_depth):
         raise UserError(f"nothing to score: {reader.name} has neither labels nor depth that this model predicts")
     return result
+
+
+def true_map(sample: Sample, name: str) -> Any:
+    """A sample's true "hha", "labels" or "support".
+
+    Raises:
+        UserError: the data set lacks it.
+    """
+    if name == "support" and sample.labels is not None and sample.depth is not None:
+        return region_support(sample.labels, sample.depth)
+    value = getattr(sample, name)
+    if value is None:
+        raise UserError(f"{sample.name} has no {name}, which this model takes beside RGB: score it on other data")
+    return value

@@ -24,12 +24,14 @@ CAMVID_CLASSES = (  # in the order of LRN's Table 2
 @dataclass(frozen=True)
 class Row:
     """A table's row: its label there, the recipe that makes it, and what the paper reports (percent), or nothing where
-    the row is ours alone. `stage` counts the label maps of one model (LRN Table 4), the coarsest first."""
+    the row is ours alone. `stage` counts the label maps of one model (LRN Table 4), the coarsest first. `given` is what
+    the model is told of each frame when it is scored (RSN Table 3)."""
 
     label: str
     recipe: str
     paper: tuple[float, ...] = ()
     stage: int | None = None
+    given: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Table:
 
 _GAD = "ResNet-50, 795 training and 654 test frames, 40 classes, 8 GPUs."
 _JOINT = "five branches from VGG-16, 795 training (6 pictures of each) and 654 test frames, 40 classes, 180000 updates."
+_RSN = "ResNet-34, 3264 training and 483 test frames of NYUv1 and v2, Table 1's layers at full resolution."
 _LRN = "VGG-16, 367 training and 233 test images of 480x360, about 80000 updates of batch 10."
 
 TABLES: dict[str, Table] = {
@@ -109,6 +112,45 @@ TABLES: dict[str, Table] = {
         ),
         {"mIoU": "miou", "mAcc": "mean_accuracy", "PixAcc": "pixel_accuracy"},
         depth=True,
+    ),
+    "rsn-table3": Table(
+        "RSN Tables 2 and 3, depth on NYUv2",
+        _RSN,
+        (
+            Row(
+                "Baseline1: generation, for region support",
+                "rsn-generation",
+                (0.2334, 0.2852, 0.7737, 0.6111, 0.8769, 0.9648),
+            ),
+            Row("Generation, for depth", "rsn-depth", (0.2350, 0.2639, 0.7367, 0.6517, 0.8932, 0.9715)),
+            Row("with linear loss", "rsn-linear", (0.2572, 0.2855, 0.7805, 0.6114, 0.8456, 0.9650)),
+            Row("with L2 loss", "rsn-l2", (0.2503, 0.2784, 0.7681, 0.6217, 0.8682, 0.9663)),
+            Row(
+                "Baseline2: true region support as depth", "rsn-support", (0.5063, 0.4763, 1.29, 0.615, 0.9016, 0.9742)
+            ),
+            Row(
+                "Baseline3: both modules as trained apart",
+                "rsn-initialised",
+                (0.2922, 0.3472, 0.8673, 0.4648, 0.7935, 0.9372),
+            ),
+            Row(
+                "Refinement, true region support",
+                "rsn-initialised",
+                (0.0851, 0.1057, 0.2917, 0.9528, 0.9938, 0.9988),
+                given=("support",),
+            ),
+            Row("Refinement, coarse depth as guidance", "rsn-coarse", (0.3471, 0.3764, 1.056, 0.4497, 0.7643, 0.9191)),
+            Row("Refinement, labels as guidance", "rsn-semantic", (0.3345, 0.3235, 0.9806, 0.4847, 0.8005, 0.9345)),
+            Row("Freeze refinement", "rsn-freeze-refinement", (0.2563, 0.2852, 0.7737, 0.6111, 0.8769, 0.9648)),
+            Row("Freeze generation", "rsn-freeze-generation", (0.2692, 0.2993, 0.7922, 0.5725, 0.8596, 0.9601)),
+            Row("End to end", "rsn-end-to-end", (0.196, 0.172, 0.681, 0.792, 0.961, 0.987)),
+        ),
+        {
+            "rel": "depth abs_rel",
+            "RMSE-log": "depth rmse_log",
+            "RMSE (m)": "depth rmse",
+            **{f"δ{k}": f"depth delta{k}" for k in (1, 2, 3)},
+        },
     ),
     "lrn-table2": Table(
         "LRN Table 2, accuracy of each class on CamVid",
@@ -233,13 +275,14 @@ def reproduce(
             trained.append((recipe, weights))
         else:
             weights = resolve(model)
-        file = folder / (f"report-s{row.stage}.json" if row.stage else "report.json")
+        which = f"-s{row.stage}" if row.stage else "".join(f"-{name}" for name in row.given)
+        file = folder / f"report{which}.json"
         report = scored(file, weights, len(val_data))
         if report is None:
             predictor = load(weights, flip=False)
             if row.stage:
                 predictor = at_stage(predictor, row.stage)
-            report = score(predictor, val_data, quiet=quiet)
+            report = score(predictor, val_data, given=row.given, quiet=quiet)
             write_report(report, file)
         ours = {where: value(report, where) for where in chosen.columns.values()}
         ours["rmse"] = report.get("depth", {}).get("rmse")

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from enfilade.errors import UserError, unknown
+from enfilade.ops.regions import region_means
 from enfilade.types import IGNORE, Batch, Output
 
 Weights = Float[Tensor, "k"] | None
@@ -202,6 +204,41 @@ def depth_pairwise(
     return torch.stack(terms).mean() if terms else full(depth).sum() * 0
 
 
+def depth_l2(depth: Float[Tensor, "b h w"], target: Float[Tensor, "b _ _"], log: bool = False) -> Float[Tensor, ""]:
+    """L_2 of RSN, Eq. (1): the mean squared error over pixels with depth, of depths or of their logarithms."""
+    target = nearest(target, depth.shape[-2:])
+    valid = target > 0
+    if not valid.any():
+        return full(depth).sum() * 0
+    return depth_error(full(depth)[valid], target[valid], "l2", log).mean()
+
+
+def depth_region(
+    depth: Float[Tensor, "b h w"],
+    target: Float[Tensor, "b _h _w"],
+    regions: Int64[Tensor, "b _h _w"],
+    norm: Literal["l1", "l2"] = "l2",
+    log: bool = False,
+) -> Float[Tensor, ""]:
+    """L_r of RSN, Eq. (2): the error's mean inside each region, averaged over the regions of an image, so that a cup
+    counts as much as a wall. Images without regions with depth are left out.
+
+    # Differs from paper: the printed form has neither a square nor an absolute value; `norm` is one of them.
+    """
+    target, regions = nearest(target, depth.shape[-2:]), nearest(regions, depth.shape[-2:])
+    valid = target > 0
+    error = depth_error(full(depth), target.where(valid, 1.0), norm, log)
+    means, pixels = region_means(error, regions.where(valid, 0))
+    count = (pixels > 0).sum(1)
+    return (means.sum(1) / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1)
+
+
+def depth_error(depth: Tensor, target: Tensor, norm: str, log: bool) -> Tensor:
+    """The squared or absolute error of depths in metres, or of their natural logarithms."""
+    error = depth.clamp(min=1e-3).log() - target.log() if log else depth - target
+    return error.square() if norm == "l2" else error.abs()
+
+
 def cross_entropy_sum(
     logits: Float[Tensor, "b k h w"], labels: Int64[Tensor, "b _ _"], weight: Weights = None
 ) -> Float[Tensor, ""]:
@@ -243,6 +280,14 @@ def _depth(term) -> Term:
     return loss
 
 
+def _region(target: Literal["depth", "support"], norm: Literal["l1", "l2"], log: bool) -> Term:
+    def loss(output: Output, batch: Batch, weight: Weights, resize: str = "nearest") -> Tensor:
+        truth, regions = present(getattr(batch, target), target), present(batch.regions, "regions")
+        return depth_region(present(output.depth, "predicted depth"), truth, regions, norm, log)
+
+    return loss
+
+
 TERMS: dict[str, Term] = {
     "cross_entropy": _semantic(cross_entropy),
     "cross_entropy_sum": _semantic(cross_entropy_sum),
@@ -254,34 +299,56 @@ TERMS: dict[str, Term] = {
     "depth_scale_invariant": _depth(depth_scale_invariant),
     "depth_gradient": _depth(depth_gradient),
     "depth_pairwise": _depth(depth_pairwise),
+    "depth_l2": _depth(depth_l2),
+    "depth_l2_log": _depth(partial(depth_l2, log=True)),
+    # L_r: region_l2, region_l1, region_l2_log, region_l1_log; and support_..., whose truth is the region support
+    **{
+        f"{kind}_{norm}{'_log' * log}": _region(target, norm, log)
+        for kind, target in (("region", "depth"), ("support", "support"))
+        for norm in ("l2", "l1")
+        for log in (False, True)
+    },
 }
 
 
-def resolve(name: str) -> tuple[Term, int | None]:
-    """The term called `name`, and the label map that it is for: "cross_entropy/s1" is of the coarsest of a network's
-    maps, "cross_entropy/s6" of the sixth; without a map it is of the network's answer.
+def resolve(name: str) -> tuple[Term, str]:
+    """The term called `name`, and the map that it is for: "cross_entropy/s1" is of the coarsest of a network's label
+    maps, "cross_entropy/s6" of the sixth; "region_l2/d1" is of its first depth map; without a map ("") it is of the
+    network's answer.
 
     Raises:
-        UserError: no such term, or a map that is not called s1, s2, ...
+        UserError: no such term, or a map that is not called s1, s2, ... or d1, d2, ...
     """
     term, slash, which = name.partition("/")
     if term not in TERMS:
         raise unknown("loss term", term, TERMS)
     if not slash:
-        return TERMS[term], None
-    if not re.fullmatch(r"s[1-9]\d*", which):
-        raise UserError(f"loss term {name!r}: after the slash comes a label map, s1 for the coarsest, not {which!r}")
-    return TERMS[term], int(which[1:])
+        return TERMS[term], ""
+    if not re.fullmatch(r"[sd][1-9]\d*", which):
+        raise UserError(
+            f"loss term {name!r}: after the slash comes a label map, s1 for the coarsest, or a depth map, d1 for the "
+            f"first, not {which!r}"
+        )
+    return TERMS[term], which
 
 
-def at_scale(output: Output, scale: int | None) -> Output:
-    """The output whose answer is its `scale`-th label map, counted from the coarsest; all of it for None."""
-    if scale is None:
+def at_map(output: Output, which: str) -> Output:
+    """The output whose answer is one of its maps: label map "s1" is the coarsest, depth map "d1" the first; all of it
+    for ""."""
+    if not which:
         return output
-    maps = (*output.side_logits, present(output.logits, "label logits"))
-    if scale > len(maps):
-        raise UserError(f"a loss is for label map s{scale}, but this model makes {len(maps)}")
-    return replace(output, logits=maps[scale - 1], side_logits=())
+    kind, number = which[0], int(which[1:])
+    if kind == "s":
+        maps = (*output.side_logits, present(output.logits, "label logits"))
+    else:
+        maps = (*output.side_depths, present(output.depth, "predicted depth"))
+    if number > len(maps):
+        raise UserError(
+            f"a loss is for {'label' if kind == 's' else 'depth'} map {which}, but this model makes {len(maps)}"
+        )
+    if kind == "s":
+        return replace(output, logits=maps[number - 1], side_logits=())
+    return replace(output, depth=maps[number - 1], side_depths=())
 
 
 def objective(
@@ -292,7 +359,7 @@ def objective(
     of `RESIZE`, is how the truth is brought to a map's size."""
     values = {}
     for name in terms:
-        term, scale = resolve(name)
-        values[name] = term(at_scale(output, scale), batch, weight, resize)
+        term, which = resolve(name)
+        values[name] = term(at_map(output, which), batch, weight, resize)
     total = torch.stack([factor * values[name] for name, factor in terms.items()]).sum()
     return total, {name: value.detach() for name, value in values.items()}

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, no_type_check
 
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from enfilade import images, labels, tta, viz
 from enfilade.camera import Camera
 from enfilade.errors import UserError
+from enfilade.ops.regions import region_support
 from enfilade.types import Output, Prediction
 
 if TYPE_CHECKING:
@@ -43,6 +44,12 @@ NYU_FOCAL, NYU_WIDTH = 518.8579, 640
 FILES = ("labels", "depth", "overlay", "panel", "arrays", "points")
 PICTURES = (".labels.png", ".depth.png", ".overlay.png", ".panel.png")
 PLY_POINTS = 1_000_000  # `save` thins larger clouds by a stride
+# What a network may take beside RGB: channels, and what to do where it is missing.
+PLANES = {
+    "hha": (3, "HHA beside RGB: give hha, made from depth by enfilade.ops.hha"),
+    "support": (1, "region support beside RGB: give support, made by enfilade.ops.regions, or a guide to predict it"),
+    "labels": (1, "labels beside RGB: give labels, or a guide to predict them"),
+}
 MIN_SIDE = 32  # of the network's input, for images of extreme shape
 
 
@@ -58,6 +65,9 @@ class Predictor:
     factor of the image's own pixels, not the area of the training input. See `tta.Augmentation`.
 
     `crf` refines the labels by colours and depth before they are chosen: True, or a `refine.CRF` with other settings.
+
+    A network that is guided by region support or by labels (RSN's refinement alone) is given them with each image, or
+    takes them from `guide`, a predictor of both labels and depth.
 
     `precision` is "fp32", "bf16" or "auto": bf16 on a GPU, fp32 on a CPU. `device` defaults to a GPU where there is
     one.
@@ -76,6 +86,7 @@ class Predictor:
         resolution: tta.Resolution = "area",
         precision: Literal["fp32", "bf16", "auto"] = "auto",
         crf: "bool | CRF" = False,
+        guide: "Predictor | None" = None,
     ):
         if precision not in ("fp32", "bf16", "auto"):
             raise UserError(f"precision is fp32, bf16 or auto, not {precision!r}")
@@ -83,12 +94,16 @@ class Predictor:
         self.meta = DEFAULTS | (meta or {})
         self.augmentation = tta.Augmentation(flip, scales, window, overlap, resolution)
         self.precision = precision
-        self.crf = None
+        self.crf, self.guide = None, guide
         if crf:
             from enfilade.refine import CRF
 
             self.crf = crf if isinstance(crf, CRF) else CRF()
         self.space = labels.get(self.meta["space"])
+        if guide is not None and guide.space.name != self.space.name:
+            raise UserError(
+                f"the guide answers in {guide.space.name}, this model wants {self.space.name}: take another"
+            )
         height, width = self.meta["size"]
         self.area = int(height * width)
         self.window = self.augmentation.window_size((height, width))
@@ -107,13 +122,18 @@ class Predictor:
         camera: Camera | None = None,
         fov: float | None = None,
         hha: Float32[np.ndarray, "h w 3"] | None = None,
+        support: Float32[np.ndarray, "h w"] | None = None,
+        labels: UInt8[np.ndarray, "h w"] | None = None,
     ) -> Prediction:
         """Predict on one image: anything `images.read` takes. The camera is `camera` (of this image, upright; one of
         another size but the same shape is resized), or has the horizontal field of view `fov` in degrees, or comes
         from EXIF, or is assumed. A network trained with HHA input also takes `hha`, of the image's shape, in [0, 1]
-        (`ops.hha.hha(depth, camera) / 255`). Raises UserError for an image that cannot be read or a camera that does
-        not fit."""
-        return self.batch([source], camera=camera, fov=fov, hha=None if hha is None else [hha])[0]
+        (`ops.hha.hha(depth, camera) / 255`), a region support network `support` (metres, `ops.regions`) or `labels`,
+        as it was trained. Raises UserError for an image that cannot be read or a camera that does not fit."""
+        given = {"hha": hha, "support": support, "labels": labels}
+        return self.batch([source], camera=camera, fov=fov, given=[{k: v for k, v in given.items() if v is not None}])[
+            0
+        ]
 
     def batch(
         self,
@@ -121,20 +141,21 @@ class Predictor:
         *,
         camera: Camera | None = None,
         fov: float | None = None,
-        hha: Sequence[Float32[np.ndarray, "_ _ 3"]] | None = None,
+        given: Sequence[dict[str, np.ndarray]] | None = None,
         batch_size: int = 8,
     ) -> list[Prediction]:
         """Predict on several images of any sizes, in order; neighbours of one shape go through the network together,
-        at most `batch_size` at once. All are held in memory: for many files, use `stream` or `predict_many`."""
+        at most `batch_size` at once. All are held in memory: for many files, use `stream` or `predict_many`. `given`
+        holds each image's further maps, as `predict` names them; all images have the same ones."""
         read = [images.read(source) for source in sources]
         placed = [self._camera(image, camera, fov) for image in read]
         scales = sorted(self.augmentation.scales, reverse=True)  # the largest first: the others join its grid
         inputs = [[self.prepare(image.rgb, scale) for scale in scales] for image in read]
-        if "hha" in getattr(self.network, "uses", ()):
-            if hha is None:
-                raise UserError("this model takes HHA beside RGB: give hha, made from depth by enfilade.ops.hha")
-            for seen, maps in zip(inputs, hha):
-                seen[:] = [np.concatenate([rgb, self.prepare(maps, scale)]) for rgb, scale in zip(seen, scales)]
+        maps = [self.guidance(*x) for x in zip(read, (p[0] for p in placed), given or [{}] * len(read))]
+        more = tuple(maps[0]) if maps else ()
+        for image, seen, (camera_, _), own in zip(read, inputs, placed, maps):
+            planes = [[self.plane(name, own[name], camera_, scale) for name in more] for scale in scales]
+            seen[:] = [np.concatenate([rgb, *extra]) for rgb, extra in zip(seen, planes)]
         shapes = [image.rgb.shape for image in read]
         sizes = [[self.input_size(height, width, scale) for scale in (1.0, *scales)] for height, width, _ in shapes]
         at_once = batch_size if self.window is None else 1  # windows come in batches of their own
@@ -147,7 +168,7 @@ class Predictor:
             stacked = (torch.from_numpy(np.stack(seen)) for seen in zip(*inputs[first:last]))
             (h, w), *larger = sizes[first]
             factors = [math.sqrt(h2 * w2 / (h * w)) for h2, w2 in larger]
-            output = tta.average((self.infer(seen), factor) for seen, factor in zip(stacked, factors))
+            output = tta.average((self.infer(seen, more), factor) for seen, factor in zip(stacked, factors))
             predictions += [self._finish(read[i], *placed[i], output, i - first) for i in range(first, last)]
         return predictions
 
@@ -197,30 +218,74 @@ class Predictor:
         how = cv2.INTER_AREA if height * width < rgb.shape[0] * rgb.shape[1] else cv2.INTER_LINEAR
         return np.ascontiguousarray(cv2.resize(rgb, (width, height), interpolation=how).transpose(2, 0, 1))
 
+    def guidance(self, image: images.Image, camera: Camera, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What the network takes beside this image: what is given, and what it needs beyond that from the guide.
+
+        Raises:
+            UserError: it needs something that nobody gives; a map of another size than the image.
+        """
+        maps = dict(given)
+        for name in getattr(self.network, "uses", ()):
+            if name in maps:
+                continue
+            if self.guide is None or name == "hha":
+                raise UserError(f"this model takes {PLANES[name][1]}")
+            told = self.guide.predict(image.rgb, camera=camera)
+            if told.labels is None or told.depth is None:
+                raise UserError("a guide answers with labels and depth, and this one lacks one of them: take gad-nyuv2")
+            maps[name] = told.labels if name == "labels" else region_support(told.labels, told.depth)
+        for name, value in maps.items():
+            if value.shape[:2] != image.rgb.shape[:2]:
+                raise UserError(
+                    f"{image.name}: {name} is {value.shape[1]} x {value.shape[0]} pixels, the image "
+                    f"{image.rgb.shape[1]} x {image.rgb.shape[0]}: give them at one size"
+                )
+        return maps
+
+    def plane(self, name: str, value: np.ndarray, camera: Camera, scale: float) -> Float32[np.ndarray, "k h2 w2"]:
+        """A map as the network takes it beside RGB: HHA like colours; labels and region support by nearest neighbour,
+        the latter in metres of the canonical camera."""
+        if name == "hha":
+            return self.prepare(value, scale)
+        height, width = self.input_size(*value.shape, scale)
+        rows = ((np.arange(height) + 0.5) * (value.shape[0] / height)).astype(np.int64)
+        columns = ((np.arange(width) + 0.5) * (value.shape[1] / width)).astype(np.int64)
+        value = value[rows[:, None], columns].astype(np.float32)
+        return (value / np.float32(self.zoom(camera, height, width)) if name == "support" else value)[None]
+
+    def zoom(self, camera: Camera, height: int, width: int) -> float:
+        """Metres to a metre of the canonical camera, for an image that the network sees at this size."""
+        seen = camera.resized(width, height)
+        return math.sqrt(seen.fx * seen.fy) / self.focal
+
     @torch.inference_mode()
-    def infer(self, image: Float[Tensor, "b c h w"]) -> Output:
+    def infer(self, image: Float[Tensor, "b c h w"], more: tuple[str, ...] = ()) -> Output:
         """Class probabilities (in `logits`) and canonical depth of one scale, on the network's own grid or that of
         `tta.slide`: blended over windows, averaged over the image and its mirror image, where the predictor has them.
-        `image` is RGB, followed by HHA for a network that takes it."""
+        `image` is RGB, followed by the maps named in `more`, keys of `PLANES`."""
         image = image.to(self.device)
         if self.augmentation.flip:
             image = torch.cat([image, image.flip(-1)])
         if self.window is None:
-            output = self._forward(image)
+            output = self._forward(image, more)
         else:
-            output = tta.slide(self._forward, image, self.window, self.augmentation.overlap)
+            output = tta.slide(partial(self._forward, more=more), image, self.window, self.augmentation.overlap)
         if not self.augmentation.flip:
             return output
-        probabilities, depth = (x if x is None else tta.unflip(x) for x in (output.logits, output.depth))
-        return Output(logits=probabilities, depth=depth)
+        answers = output.logits, output.depth, output.depth_spread
+        probabilities, depth, spread = (x if x is None else tta.unflip(x) for x in answers)
+        return Output(logits=probabilities, depth=depth, depth_spread=spread)
 
-    def _forward(self, image: Float[Tensor, "b c h w"]) -> Output:
+    def _forward(self, image: Float[Tensor, "b c h w"], more: tuple[str, ...] = ()) -> Output:
         """The network's answer, in fp32 and checked, with probabilities for logits."""
         bf16 = self.precision == "bf16" or (self.precision == "auto" and self.device.type == "cuda")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            rgb, more = image[:, :3].contiguous(memory_format=torch.channels_last), image[:, 3:]
-            output = self.network(rgb, hha=more) if more.shape[1] else self.network(rgb)
-        probabilities, depth = output.logits, output.depth
+            rgb, *planes = image.split([3, *(PLANES[name][0] for name in more)], 1)
+            named = {name: plane if name == "hha" else plane[:, 0] for name, plane in zip(more, planes)}
+            if "labels" in named:
+                named["labels"] = named["labels"].long()
+            output = self.network(rgb.contiguous(memory_format=torch.channels_last), **named)
+        probabilities, depth, spread = output.logits, output.depth, None
         if probabilities is not None:
             if probabilities.shape[1] != len(self.space.names):
                 raise UserError(
@@ -230,19 +295,27 @@ class Predictor:
             probabilities = probabilities.float().softmax(1)
         if depth is not None:
             depth = depth.float()
+            if output.side_depths and (count := getattr(self.network, "iterations", 0)) > 1:
+                steps = [*output.side_depths, output.depth][-count:]
+                spread = torch.stack([step.float() for step in steps]).std(0, correction=0)
         for answer in (probabilities, depth):
             if answer is not None and not answer.isfinite().all():
                 raise UserError("the network answers NaN or infinity: its weights are broken, or try precision='fp32'")
-        return Output(logits=probabilities, depth=depth)
+        return Output(logits=probabilities, depth=depth, depth_spread=spread)
 
     def _finish(self, image: images.Image, camera: Camera, source: str, output: Output, index: int) -> Prediction:
         height, width = image.rgb.shape[:2]
-        chosen = confidence = depth = metres = None
+        chosen = confidence = depth = spread = metres = None
         if output.depth is not None:
-            seen = camera.resized(*reversed(self.input_size(height, width)))
-            zoom = math.sqrt(seen.fx * seen.fy) / self.focal
+            zoom = self.zoom(camera, *self.input_size(height, width))
+
+            def enlarged(x: Tensor) -> np.ndarray:
+                return F.interpolate(x[None], (height, width), mode="bilinear")[0, 0].cpu().numpy()
+
             metres = output.depth[index, None] * zoom
-            depth = F.interpolate(metres[None], (height, width), mode="bilinear")[0, 0].cpu().numpy()
+            depth = enlarged(metres)
+            if output.depth_spread is not None:
+                spread = enlarged(output.depth_spread[index, None] * zoom)
         if output.logits is not None:
             probabilities = output.logits[index]
             if self.crf is not None:
@@ -254,6 +327,7 @@ class Predictor:
             labels=chosen,
             depth=depth,
             confidence=confidence,
+            depth_spread=spread,
             camera=camera,
             camera_source=source,
             space=self.space.name,

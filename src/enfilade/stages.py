@@ -15,6 +15,7 @@ class Stage:
         resize: how the truth is brought to the size of a coarser label map: "nearest", or "majority" (the vote of the
             area). `losses` may name a map: {"cross_entropy/s1": 1.0, ...}, from the coarsest.
         train: parts of the model (its `parts`) that learn; the others are frozen, their batch norms too. "*" is all.
+        inputs: fields of the batch that the model takes in this stage beside RGB and what it always takes (its `uses`).
         size: (height, width) of a training crop.
         zoom: random scaling around the canonical scale (log-uniform).
         augmentation: "online", drawn anew in each epoch; or "offline", six fixed pictures of each sample: itself, its
@@ -39,6 +40,7 @@ class Stage:
     losses: dict[str, float]
     resize: Literal["nearest", "majority"] = "nearest"
     train: tuple[str, ...] = ("*",)
+    inputs: tuple[str, ...] = ()
     size: tuple[int, int] = (240, 320)
     zoom: tuple[float, float] = (1.0, 1.0)
     augmentation: Literal["online", "offline"] = "online"
@@ -75,6 +77,7 @@ class Recipe:
         space: label space of the predictions.
         class_weighting: power of the median-frequency class weights (0 none, 1 full, 0.5 their square root).
         class_weights: a file of `enfilade data weights` to use instead.
+        regions: samples carry their regions and region support (`ops.regions`), made after augmentation.
         depth_fraction: share of the training samples that keep their depth (GAD Section 4.5).
         seed: of everything random: initial weights, order, augmentation, dropout.
         precision: "no" (fp32) or "bf16".
@@ -90,6 +93,7 @@ class Recipe:
     space: str = "nyu40"
     class_weighting: float = 0.0
     class_weights: str | None = None
+    regions: bool = False
     depth_fraction: float = 1.0
     seed: int = 0
     precision: Literal["no", "bf16"] = "bf16"

@@ -334,7 +334,7 @@ class Run:
             self.images += len(batch) * self.world
             last = micro == stage.accumulate - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model), self.autocast(stage):
-                output = self.model(batch.image, **extra_inputs(self.network, batch))
+                output = self.model(batch.image, **extra_inputs(self.network, batch, stage.inputs))
                 loss, terms = objective(output, batch, stage.losses, self.class_weights, stage.resize)
                 self.accelerator.backward(loss / stage.accumulate)
             losses = {k: losses.get(k, 0) + v / stage.accumulate for k, v in terms.items()}
@@ -383,8 +383,9 @@ class Run:
             with swapped(self.network, self.average):
                 recipe = self.recipe.replace(precision=stage.precision or self.recipe.precision)
                 scores = validate(self.network, recipe, self.val_data, self.ignored, self.accelerator.device)
-                if scores["miou"] > self.progress["best"]:
-                    self.progress["best"] = scores["miou"]
+                merit = scores["miou"] if "miou" in scores else 1 / (1 + scores["rmse"])
+                if merit > self.progress["best"]:
+                    self.progress["best"] = merit
                     self.save_model("best.safetensors", {"scores": scores, "stage": stage.name, "epoch": epoch})
             freeze(self.network, stage)
             self.progress["scores"] = scores
@@ -405,7 +406,7 @@ class Run:
                 self.save_model(name, {"scores": self.progress["scores"], "stage": "final"})
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-        elapsed = max(time.perf_counter() - self.begun, 1e-9)
+        elapsed, scores = max(time.perf_counter() - self.begun, 1e-9), self.progress["scores"]
         return {
             "recipe": self.recipe.name,
             "complete": complete,
@@ -413,8 +414,8 @@ class Run:
             "seconds": elapsed,
             "images_per_second": self.images / elapsed,
             "data_waiting": self.waited / elapsed,
-            "best_miou": self.progress["best"],
-            **self.progress["scores"],
+            **({"best_miou": self.progress["best"]} if "rmse" not in scores or "miou" in scores else {}),
+            **scores,
         }
 
 
@@ -450,13 +451,21 @@ def completed(recipe: dict[str, Any]) -> dict[str, Any]:
     return defaults(Recipe) | recipe | {"stages": [defaults(Stage) | stage for stage in recipe["stages"]]}
 
 
-def extra_inputs(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """What a model takes beside RGB: the fields of the batch that it names in `uses`, and, if it can take it, which
-    samples have depth."""
-    inputs = {name: getattr(batch, name) for name in getattr(network, "uses", ())}
+# What to do about an input that a batch lacks.
+LACKS = {
+    "hha": "open the data set with hha=True",
+    "labels": "choose data with labels",
+    "support": "choose data with labels and depth, and a recipe with regions=true",
+}
+
+
+def extra_inputs(network: nn.Module, batch: Batch, more: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """What a model takes beside RGB: the fields of the batch that it names in `uses` or that are named in `more`, and,
+    if it can take it, which samples have depth."""
+    inputs = {name: getattr(batch, name) for name in (*getattr(network, "uses", ()), *more)}
     missing = [k for k, v in inputs.items() if v is None]
     if missing:
-        raise UserError(f"this recipe needs {missing[0]} in its data: open the data set with {missing[0]}=True")
+        raise UserError(f"this recipe needs {missing[0]} in its data: {LACKS.get(missing[0], 'choose other data')}")
     if getattr(network, "depth", None) is not None:
         inputs["has_depth"] = batch.has_depth  # also where a whole batch has none
     return inputs

@@ -123,13 +123,13 @@ def unflip(both: Float[Tensor, "b2 ..."]) -> Float[Tensor, "b ..."]:
 
 @torch.inference_mode()
 def average(answers: Iterable[tuple[Output, float]]) -> Output:
-    """The mean over scales of probabilities (in `logits`) and depth, each with its own grid: that of the first answer,
+    """The mean over scales of probabilities (in `logits`), depth and its spread, each with its own grid: that of the first answer,
     which should be the largest. To enlarge a coarse answer loses nothing; to shrink a fine one would drop what it alone
     shows.
 
     `answers` holds each scale's answer and the factor by which the image was larger there than at scale 1.
     """
-    probabilities = depth = None
+    probabilities = depth = spread = None
     count = 0
     for answer, scale in answers:
         count += 1
@@ -137,9 +137,12 @@ def average(answers: Iterable[tuple[Output, float]]) -> Output:
             probabilities = _add(probabilities, answer.logits)
         if answer.depth is not None:
             depth = _add(depth, answer.depth[:, None] * scale)
+        if answer.depth_spread is not None:
+            spread = _add(spread, answer.depth_spread[:, None] * scale)
     return Output(
         logits=None if probabilities is None else probabilities / count,
         depth=None if depth is None else depth[:, 0] / count,
+        depth_spread=None if spread is None else spread[:, 0] / count,
     )
 
 
@@ -199,14 +202,16 @@ def slide(
         some = places[first : first + FORWARD]
         windows = [image[i, :, tops[y] : tops[y] + window[0], lefts[x] : lefts[x] + window[1]] for i, y, x in some]
         output = forward(torch.stack(windows))
-        for name, answer in (("logits", output.logits), ("depth", output.depth)):
+        answers = {"logits": output.logits, "depth": output.depth, "depth_spread": output.depth_spread}
+        for name, answer in answers.items():
             if answer is not None:
                 answer = answer if answer.ndim == 4 else answer[:, None]
                 if name not in sums:
                     sums[name] = _Sum(answer, len(image), tops, lefts, window)
                 sums[name].add(answer, some)
     means = {name: total.within(height, width) for name, total in sums.items()}
-    return Output(logits=means.get("logits"), depth=means["depth"][:, 0] if "depth" in means else None)
+    maps = {name: mean if name == "logits" else mean[:, 0] for name, mean in means.items()}
+    return Output(**maps)
 
 
 class _Sum:

@@ -63,7 +63,7 @@ class Sample:
     hha: Float32[np.ndarray, "h w 3"] | None = None  # ops.hha.hha() / 255
     voxels: LabelVolume | None = None
     support: Float32[np.ndarray, "h w"] | None = None  # metres, 0 at void: ops.regions.region_support
-    regions: Int32[np.ndarray, "h w"] | None = None  # ops.regions.regions: 1, 2, ...; 0 at void
+    regions: Int32[np.ndarray, "h w"] | None = None  # ops.regions.regions: 1, 2, ...
     completion: "Completion | None" = None
 
     def replace(self, **changes) -> "Sample":
@@ -148,6 +148,7 @@ class Output:
     depth: Float[Tensor, "b _ _"] | None = None  # metres
     side_logits: tuple[Float[Tensor, "b k _ _"], ...] = ()
     side_depths: tuple[Float[Tensor, "b _ _"], ...] = ()  # metres: what came before `depth`, in order
+    depth_spread: Float[Tensor, "b _ _"] | None = None  # metres
     volume_logits: Float[Tensor, "b k _ _ _"] | None = None  # of the output grid
     side_volume_logits: tuple[Float[Tensor, "b k _ _ _"], ...] = ()
 
