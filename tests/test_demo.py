@@ -11,7 +11,7 @@ from enfilade.data.rooms import room
 from enfilade.demo import agreement, demo, truth_of
 from enfilade.errors import UserError
 
-ENDINGS = ("labels.png", "depth.png", "overlay.png", "panel.png", "npz", "ply")
+ENDINGS = ("labels.png", "depth.png", "colour.png", "overlay.png", "panel.png", "npz", "ply")
 SIZE = (96, 72)
 
 

@@ -231,7 +231,9 @@ def output(requires_grad=True):
 
 
 def batch(with_depth=True):
-    return Batch(image=torch.zeros(B, 3, H, W), labels=labels(), depth=depth() if with_depth else None)
+    ids = torch.arange(B * H * W).view(B, H, W) % 7 + 1
+    truth = depth() if with_depth else None
+    return Batch(image=torch.zeros(B, 3, H, W), labels=labels(), depth=truth, support=truth, regions=ids)
 
 
 def test_objective_is_the_weighted_sum():
@@ -336,7 +338,7 @@ def test_a_term_may_name_its_scale():
 def test_scales_that_do_not_exist_are_named():
     with pytest.raises(UserError, match="label map s9, but this model makes 3"):
         losses.objective(output(), batch(), {"focal/s9": 1.0})
-    with pytest.raises(UserError, match="s1 for the coarsest, not '16'"):
+    with pytest.raises(UserError, match="s1 for the coarsest, or a depth map, d1 for the first, not '16'"):
         losses.objective(output(), batch(), {"focal/16": 1.0})
     with pytest.raises(UserError, match="did you mean 'focal'"):
         losses.objective(output(), batch(), {"focl/s1": 1.0})

@@ -1,5 +1,6 @@
 """Predicting with networks simple enough to know the right answer, from photos of every kind, good and bad."""
 
+import dataclasses
 import io
 import json
 import math
@@ -273,7 +274,7 @@ def test_networks_with_one_task(tmp_path):
     names = [os.path.basename(p) for p in predict.save(only_labels, tmp_path, stem="a")]
     assert names == ["a.labels.png", "a.overlay.png", "a.panel.png", "a.npz"]
     names = [os.path.basename(p) for p in predict.save(only_depth, tmp_path, stem="b")]
-    assert names == ["b.depth.png", "b.panel.png", "b.npz", "b.ply"]
+    assert names == ["b.depth.png", "b.colour.png", "b.panel.png", "b.npz", "b.ply"]
     for p in (only_labels, only_depth):
         json.dumps(predict.describe(p))
 
@@ -314,7 +315,7 @@ def test_saved_files_read_back_equal(predictor, tmp_path):
     p = predictor(photo(), fov=70.0)
     p.depth[0, :4] = 0, np.nan, 70, 0.0014
     written = predict.save(p, tmp_path / "new" / "folder", stem="room")
-    names = ["labels.png", "depth.png", "overlay.png", "panel.png", "npz", "ply"]
+    names = ["labels.png", "depth.png", "colour.png", "overlay.png", "panel.png", "npz", "ply"]
     assert [os.path.basename(w) for w in written] == [f"room.{n}" for n in names]
     folder = tmp_path / "new" / "folder"
     assert sorted(os.listdir(folder)) == sorted(f"room.{n}" for n in names)  # no temporary file is left
@@ -324,18 +325,31 @@ def test_saved_files_read_back_equal(predictor, tmp_path):
     assert millimetres[0, :4].tolist() == [0, 0, 65535, 1]
     np.testing.assert_allclose(millimetres[1:] / 1000, p.depth[1:], atol=0.0005 + 1e-6)  # half a millimetre
     drawn = viz.overlay(p.image, p.labels, labels.get("nyu13"))
-    np.testing.assert_array_equal(cv2.imread(written[2])[..., ::-1], drawn)
-    assert PIL.Image.open(written[3]).size == viz.panel(p).size
-    with np.load(written[4], allow_pickle=False) as arrays:
+    np.testing.assert_array_equal(cv2.imread(written[2])[..., ::-1], viz.depth_picture(p.depth))
+    np.testing.assert_array_equal(cv2.imread(written[3])[..., ::-1], drawn)
+    assert PIL.Image.open(written[4]).size == viz.panel(p).size
+    with np.load(written[5], allow_pickle=False) as arrays:
         for field in ("labels", "depth", "confidence"):
             np.testing.assert_array_equal(arrays[field], getattr(p, field))
         np.testing.assert_array_equal(arrays["intrinsics"], p.camera.matrix)
         assert arrays["camera_source"] == "given"
         assert arrays["space"] == "nyu13"
         assert tuple(arrays["names"]) == labels.get("nyu13").names
-    with open(written[5], "rb") as file:
+    with open(written[6], "rb") as file:
         assert file.readline() == b"ply\n"
     assert p.save(tmp_path, stem="b", files=("labels",)) == [str(tmp_path / "b.labels.png")]
+
+
+def test_spread_is_saved_where_there_is_one(predictor, tmp_path):
+    p = predictor(photo())
+    assert p.depth_confidence is None
+    p = dataclasses.replace(p, depth=np.full_like(p.depth, 2.0), depth_spread=np.full_like(p.depth, 0.1236))
+    (picture,) = p.save(tmp_path, stem="room", files=("spread",))
+    assert picture.endswith("room.spread.png")
+    assert (cv2.imread(picture, cv2.IMREAD_UNCHANGED) == 124).all()
+    np.testing.assert_allclose(p.depth_confidence, np.exp(-0.618), rtol=1e-5)
+    (arrays,) = p.save(tmp_path, stem="room", files=("arrays",))
+    np.testing.assert_array_equal(np.load(arrays)["depth_spread"], p.depth_spread)
 
 
 def test_save_refuses(predictor, tmp_path):

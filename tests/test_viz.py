@@ -7,7 +7,7 @@ import pytest
 from enfilade import labels, viz
 from enfilade.camera import Camera
 from enfilade.errors import UserError
-from enfilade.types import Prediction
+from enfilade.types import Prediction, Sample
 
 SPACE = labels.get("nyu40")
 
@@ -294,3 +294,57 @@ def test_titles_of_strips_are_whole():
     assert sheet[:first].any()
     assert not sheet[:4].any()
     assert not sheet[first - 2 : first].any()
+
+
+def cell(sheet, row, column, rows, width, height, foot=0):
+    """The middle of a picture in a sheet."""
+    top = viz.MARGIN + 26 - viz.GAP // 2 + row * (height + foot + viz.GAP)
+    left = viz.MARGIN + column * (width + viz.GAP)
+    return sheet[top + height // 2, left + width // 2]
+
+
+def test_depths_of_a_row_share_the_colours_of_the_truth():
+    truth = np.linspace(1, 5, 64 * 48, dtype=np.float32).reshape(48, 64)
+    photo = np.full((48, 64, 3), 0.5, np.float32)
+    flat = np.full((48, 64), 3.0, np.float32)
+    sheet = viz.depth_strips([(photo, {"flat": flat, "far": 9 + flat, "truth": truth})] * 2, width=240)
+    near, far = viz.depth_range(truth)
+    foot = viz.depth_bar(near, far, 480).height + viz.GAP
+    want = viz.colour_depth(np.float32([[3.0, 12.0]]), near, far)[0]
+    for row in range(2):
+        np.testing.assert_array_equal(cell(sheet, row, 1, 2, 240, 180, foot), want[0])
+        np.testing.assert_array_equal(cell(sheet, row, 2, 2, 240, 180, foot), want[1])
+    assert sheet.shape[1] == 4 * 240 + 3 * viz.GAP + 2 * viz.MARGIN
+
+
+def test_a_depth_picture_stands_above_its_bar():
+    depth = np.full((40, 400), 2.0, np.float32)
+    depth[:, 200:] = 4.0
+    picture = viz.depth_picture(depth)
+    assert picture.shape[1] == 400
+    np.testing.assert_array_equal(picture[:40], viz.colour_depth(depth))
+    assert (picture[:40] != picture[0, 0]).any()
+    assert not (picture[40:] == 255).all()  # the bar
+    assert viz.depth_picture(depth[:3, :5]).shape[1] == 240  # a bar needs room
+
+
+def test_comparison_shows_what_both_have():
+    answer = prediction()
+    sample = Sample(image=answer.image, labels=(answer.labels + 1) % 40, depth=answer.depth + np.float32(0.5))
+    sheet = viz.comparison([(sample, answer)], SPACE, width=240)
+    near, far = viz.depth_range(sample.depth)
+    foot = viz.depth_bar(near, far, 720).height + viz.GAP
+    wrong = viz.mistakes(np.uint8([[0]]), np.uint8([[1]]))[0, 0]
+    np.testing.assert_array_equal(cell(sheet, 0, 3, 1, 240, 180, foot), wrong)  # every label is wrong
+    half = viz.error_map(np.float32([[1.0]]), np.float32([[1.5]]))[0, 0].astype(int)
+    assert np.abs(cell(sheet, 0, 6, 1, 240, 180, foot) - half).max() <= 1
+    less = viz.comparison([(sample.replace(labels=None), answer)], SPACE, width=240)
+    assert less.shape[1] == sheet.shape[1] - 3 * (240 + viz.GAP)
+
+
+def test_labels_in_another_space():
+    answer = prediction()
+    coarse = answer.in_space("nyu13")
+    np.testing.assert_array_equal(coarse.labels, labels.mapping("nyu40", "nyu13")[answer.labels])
+    assert coarse.space == "nyu13"
+    assert answer.in_space("nyu40") is answer

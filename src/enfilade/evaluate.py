@@ -38,7 +38,8 @@ def score(
         depth_cap: metres; deeper truth is not scored, deeper predictions are cut.
         limit: score only the first so many samples (said in the result).
         given: what the predictor is told of each frame although its network could do without: "support", the true
-            region support, or "labels". What a network cannot do without is the truth, unless the predictor has a guide.
+            region support, or "labels". What a network cannot do without is the truth, unless the predictor has a
+            guide.
         on_frame: called after each frame, e.g. to write pictures.
 
     Returns: {"segmentation": ..., "depth": ..., "protocol": ..., "confusion": matrix, "names": ...}, plain types but

@@ -225,7 +225,7 @@ def reproduce(
         epochs: passes per stage instead of the recipe's own.
         rows: recipe names or labels; all by default. A row whose input the data lacks is left out, and said so.
         model: score this trained model in every row instead of training (the label maps of one model, LRN Table 4).
-        strips: images in the picture of a table of label maps (<table>.png).
+        strips: images in the picture of a table of label maps, or of an RSN's iterations (<table>.png).
         limit: use only the first so many training samples (a smoke run; said in the table).
     """
     from enfilade.checkpoint import resolve
@@ -279,7 +279,7 @@ def reproduce(
         file = folder / f"report{which}.json"
         report = scored(file, weights, len(val_data))
         if report is None:
-            predictor = load(weights, flip=False)
+            predictor = load(weights, flip=False, guidance="truth")
             if row.stage:
                 predictor = at_stage(predictor, row.stage)
             report = score(predictor, val_data, given=row.given, quiet=quiet)
@@ -304,6 +304,9 @@ def reproduce(
     if strips and any(row.stage for row in wanted):
         weights = resolve(model) if model is not None else out / wanted[0].recipe / "final.safetensors"
         stage_strips(load(weights, flip=False), val_data, out / f"{table}.png", strips)
+    both = [w for r, w in trained if r.model == "rsn" and {"generation", "refinement"}.isdisjoint(r.arguments)]
+    if strips and both:
+        step_strips(load(both[-1], flip=False, guidance="truth"), val_data, out / f"{table}.png", strips)
     return text
 
 
@@ -358,6 +361,27 @@ def stage_strips(predictor, reader, path: str | Path, count: int) -> None:
         answers = {f"s{k}": p.predict(sample.image).labels for k, p in enumerate(stages, 1)}
         rows.append((sample.image, answers | {"truth": sample.labels}))
     write_png(Path(path), strips(rows, reader.space))
+
+
+def step_strips(predictor, reader, path: str | Path, count: int) -> None:
+    """Write a picture of `count` images of a reader, evenly spread: photo, true region support, the generated one, the
+    refinement's depths, and the truth (RSN Figure 3)."""
+    from enfilade.evaluate import true_map
+    from enfilade.images import write_png
+    from enfilade.models.region_support import Step
+    from enfilade.predict import Predictor
+    from enfilade.viz import depth_strips
+
+    network = predictor.network
+    titles = ["generated", *(f"iteration {k}" for k in range(1, network.iterations + 1))]
+    steps = {t: Predictor(Step(network, k), predictor.meta, flip=False) for k, t in enumerate(titles)}
+    rows = []
+    for i in range(count):
+        sample = reader[(2 * i + 1) * len(reader) // (2 * count)]
+        given = {name: true_map(sample, name) for name in network.uses}
+        answers = {t: p.predict(sample.image, camera=sample.camera, **given).depth for t, p in steps.items()}
+        rows.append((sample.image, {"region support": true_map(sample, "support"), **answers, "truth": sample.depth}))
+    write_png(Path(path), depth_strips(rows))
 
 
 def scored(file: Path, weights: Path, frames: int) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from tyro.conf import UseAppendAction, arg
 import enfilade
 from enfilade.errors import UserError
 
-File = Literal["labels", "depth", "overlay", "panel", "arrays", "points"]
+File = Literal["labels", "depth", "colour", "spread", "overlay", "panel", "arrays", "points"]
 Precision = Literal["auto", "fp32", "bf16"]
 Name = Annotated[str, arg(metavar="NAME")]
 Folder = Annotated[str, arg(metavar="DIR")]

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 DEFAULTS = {"space": "nyu40", "size": (240, 320)}
 NYU_FOCAL, NYU_WIDTH = 518.8579, 640
 
-FILES = ("labels", "depth", "overlay", "panel", "arrays", "points")
-PICTURES = (".labels.png", ".depth.png", ".overlay.png", ".panel.png")
+FILES = ("labels", "depth", "colour", "spread", "overlay", "panel", "arrays", "points")
+PICTURES = (".labels.png", ".depth.png", ".colour.png", ".spread.png", ".overlay.png", ".panel.png")
 PLY_POINTS = 1_000_000  # `save` thins larger clouds by a stride
 # What a network may take beside RGB: channels, and what to do where it is missing.
 PLANES = {
@@ -153,8 +153,8 @@ class Predictor:
         inputs = [[self.prepare(image.rgb, scale) for scale in scales] for image in read]
         maps = [self.guidance(*x) for x in zip(read, (p[0] for p in placed), given or [{}] * len(read))]
         more = tuple(maps[0]) if maps else ()
-        for image, seen, (camera_, _), own in zip(read, inputs, placed, maps):
-            planes = [[self.plane(name, own[name], camera_, scale) for name in more] for scale in scales]
+        for seen, (own_camera, _), own in zip(inputs, placed, maps):
+            planes = [[self.plane(name, own[name], own_camera, scale) for name in more] for scale in scales]
             seen[:] = [np.concatenate([rgb, *extra]) for rgb, extra in zip(seen, planes)]
         shapes = [image.rgb.shape for image in read]
         sizes = [[self.input_size(height, width, scale) for scale in (1.0, *scales)] for height, width, _ in shapes]
@@ -432,14 +432,18 @@ def load(
     resolution: tta.Resolution = "area",
     precision: Literal["fp32", "bf16", "auto"] = "auto",
     crf: "bool | CRF" = False,
+    guidance: Literal["predicted", "truth"] = "predicted",
 ) -> Predictor:
-    """A predictor from a shipped model's name, a model file or a run's folder; for the options see `Predictor`. Raises
-    UserError, see `checkpoint.load`."""
+    """A predictor from a shipped model's name, a model file or a run's folder; for the options see `Predictor`. A
+    network that is guided by labels or region support has the default model for its guide, or with `guidance` "truth"
+    is given the truth with each image. Raises UserError, see `checkpoint.load`."""
     from enfilade.checkpoint import load as load_checkpoint
 
     augmentation = tta.Augmentation(flip, scales, window, overlap, resolution)  # complains before anything is read
     loaded = load_checkpoint(model)
-    options = augmentation.options() | {"precision": precision, "crf": crf}
+    options: dict[str, Any] = augmentation.options() | {"precision": precision, "crf": crf}
+    if guidance == "predicted" and {"labels", "support"} & set(getattr(loaded.network, "uses", ())):
+        options["guide"] = load(device=device, flip=flip, precision=precision)
     return Predictor(loaded.network, loaded.meta, device=device, **options)
 
 
@@ -474,7 +478,10 @@ def save(
     * "labels": `<stem>.labels.png`, uint8 class numbers of the label space.
     * "depth": `<stem>.depth.png`, uint16 millimetres, 0 unknown, at most 65.535 m.
     * "overlay", "panel": `<stem>.overlay.png`, `<stem>.panel.png`, pictures to look at.
-    * "arrays": `<stem>.npz` with labels, depth (metres), confidence, intrinsics [3, 3], camera_source, space, names.
+    * "colour": `<stem>.colour.png`, depth in colours above a bar of metres.
+    * "spread": `<stem>.spread.png`, uint16 millimetres by which a network's iterations differ (RSN).
+    * "arrays": `<stem>.npz` with labels, depth (metres), confidence, depth_spread, intrinsics [3, 3], camera_source,
+      space, names.
     * "points": `<stem>.ply`, a coloured point cloud in metres, of at most a million points or so.
 
     What a prediction lacks is left out. Raises UserError for an unknown kind of file or an unwritable folder.
@@ -492,15 +499,19 @@ def save(
 
     if "labels" in files and p.labels is not None:
         images.write_png(place("labels.png"), p.labels)
-    if "depth" in files and p.depth is not None:
-        known = np.where(np.isfinite(p.depth), p.depth, 0)
-        images.write_png(place("depth.png"), (known * 1000).round().clip(0, 65535).astype(np.uint16))
+    for kind, metres in (("depth", p.depth), ("spread", p.depth_spread)):
+        if kind in files and metres is not None:
+            known = np.where(np.isfinite(metres), metres, 0)
+            images.write_png(place(f"{kind}.png"), (known * 1000).round().clip(0, 65535).astype(np.uint16))
+    if "colour" in files and p.depth is not None:
+        images.write_png(place("colour.png"), viz.depth_picture(p.depth))
     if "overlay" in files and p.labels is not None:
         images.write_png(place("overlay.png"), viz.overlay(p.image, p.labels, space))
     if "panel" in files:
         images.write_png(place("panel.png"), np.asarray(viz.panel(p)))
     if "arrays" in files:
         arrays: dict[str, Any] = {"labels": p.labels, "depth": p.depth, "confidence": p.confidence}
+        arrays |= {"depth_spread": p.depth_spread}
         arrays |= {"intrinsics": p.camera.matrix if p.camera else None, "names": np.array(space.names)}
         arrays |= {"camera_source": np.array(p.camera_source), "space": np.array(p.space)}
         present = {k: v for k, v in arrays.items() if v is not None}

@@ -433,13 +433,13 @@ def rsn_stages(base: Stage, epochs: dict[str, int], clip: float | None = None) -
     generation, refinement = ("trunk", "generation"), ("refinement",)
     log = "region_l2_log"
     settings: dict[str, dict] = {
-        "support-linear": {"losses": {"support_l2": 1.0}, "train": generation},
-        "support-log": {"losses": {"support_l2_log": 1.0}, "train": generation},
-        "depth-linear": {"losses": {"region_l2": 1.0}, "train": generation},
-        "depth-log": {"losses": {log: 1.0}, "train": generation},
-        "depth-linear-on": {"losses": {"region_l2": 1.0}, "train": generation},
-        "l2-linear": {"losses": {"depth_l2": 1.0}, "train": generation},
-        "l2-log": {"losses": {"depth_l2_log": 1.0}, "train": generation},
+        "support-linear": {"losses": {"support_l2/d1": 1.0}, "train": generation},
+        "support-log": {"losses": {"support_l2_log/d1": 1.0}, "train": generation},
+        "depth-linear": {"losses": {"region_l2/d1": 1.0}, "train": generation},
+        "depth-log": {"losses": {f"{log}/d1": 1.0}, "train": generation},
+        "depth-linear-on": {"losses": {"region_l2/d1": 1.0}, "train": generation},
+        "l2-linear": {"losses": {"depth_l2/d1": 1.0}, "train": generation},
+        "l2-log": {"losses": {"depth_l2_log/d1": 1.0}, "train": generation},
         "refinement": {"losses": iterations(log, 1), "train": refinement, "inputs": ("support",)},
         "on-generated": {"losses": iterations(log), "train": refinement},
         "freeze-generation": {"losses": iterations(log), "train": refinement},
@@ -538,7 +538,7 @@ def rsn_nyuv2(weights: str | None = None) -> Recipe:
     generation = Stage(
         name="generation",
         epochs=9,
-        losses={"support_l1_log": 0.5, **depth},
+        losses={"support_l1_log/d1": 0.5, **{f"{term}/d1": weight for term, weight in depth.items()}},
         train=("trunk", "generation"),
         size=(256, 320),
         zoom=(0.65, 1.4),

@@ -123,9 +123,9 @@ def unflip(both: Float[Tensor, "b2 ..."]) -> Float[Tensor, "b ..."]:
 
 @torch.inference_mode()
 def average(answers: Iterable[tuple[Output, float]]) -> Output:
-    """The mean over scales of probabilities (in `logits`), depth and its spread, each with its own grid: that of the first answer,
-    which should be the largest. To enlarge a coarse answer loses nothing; to shrink a fine one would drop what it alone
-    shows.
+    """The mean over scales of probabilities (in `logits`), depth and its spread, each with its own grid: that of the
+    first answer, which should be the largest. To enlarge a coarse answer loses nothing; to shrink a fine one would drop
+    what it alone shows.
 
     `answers` holds each scale's answer and the factor by which the image was larger there than at scale 1.
     """

@@ -19,7 +19,7 @@ from enfilade import labels as label_spaces
 from enfilade.errors import UserError
 from enfilade.images import write_atomic
 from enfilade.labels import LabelSpace
-from enfilade.types import IGNORE, Prediction
+from enfilade.types import IGNORE, Prediction, Sample
 
 UNKNOWN = (52, 52, 56)
 INK, FAINT, FRAME, PAPER = (32, 33, 36), (112, 115, 122), (222, 224, 228), (255, 255, 255)
@@ -307,28 +307,91 @@ def contact_sheet(
     return sheet
 
 
+def sheet(
+    titles: Sequence[str],
+    rows: Sequence[Sequence[UInt8[np.ndarray, "_ _ 3"]]],
+    width: int = 240,
+    feet: Sequence[Image.Image | None] = (),
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Rows of pictures under one line of titles, each `width` pixels wide; the first of a row is a photo, the others
+    have colours that must not blend. `feet` go below their row, at the right."""
+    heights = [round(width * row[0].shape[0] / row[0].shape[1]) for row in rows]
+    below = [0 if foot is None else foot.height + GAP for foot in feet] or [0] * len(rows)
+    size, head = 15, 26
+    across = MARGIN * 2 + len(titles) * (width + GAP) - GAP
+    picture = Image.new("RGB", (across, MARGIN + head + sum(heights) + sum(below) + GAP * len(rows)), PAPER)
+    draw = ImageDraw.Draw(picture)
+    for i, title in enumerate(titles):
+        draw.text((MARGIN + i * (width + GAP), (MARGIN + head) / 2), title, INK, _font(size), anchor="lm")
+    top = MARGIN + head - GAP // 2
+    for k, (row, height) in enumerate(zip(rows, heights)):
+        for i, cell in enumerate(row):
+            picture.paste(_scaled(cell, width, height, smooth=i == 0), (MARGIN + i * (width + GAP), top))
+        foot = feet[k] if feet else None
+        if foot is not None:
+            picture.paste(foot, (across - MARGIN - foot.width, top + height + GAP // 2))
+        top += height + below[k] + GAP
+    return np.asarray(picture)
+
+
 def strips(
     rows: Sequence[tuple[Float[np.ndarray, "_ _ 3"], dict[str, UInt8[np.ndarray, "_ _"]]]],
     space: LabelSpace,
     width: int = 240,
 ) -> UInt8[np.ndarray, "h w 3"]:
     """One row a photo: the photo, then each of its label maps in colour under its title, `width` pixels wide each."""
-    titles = ["Photo", *rows[0][1]]
-    heights = [round(width * photo.shape[0] / photo.shape[1]) for photo, _ in rows]
-    size, head = 15, 26
-    across = MARGIN * 2 + len(titles) * (width + GAP) - GAP
-    sheet = Image.new("RGB", (across, MARGIN + head + sum(h + GAP for h in heights)), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for i, title in enumerate(titles):
-        draw.text((MARGIN + i * (width + GAP), (MARGIN + head) / 2), title, INK, _font(size), anchor="lm")
-    top = MARGIN + head - GAP // 2
-    for (photo, maps), height in zip(rows, heights):
-        cells = [_scaled(as_uint8(photo), width, height)]
-        cells += [_scaled(space.colourise(labels), width, height, smooth=False) for labels in maps.values()]
-        for i, cell in enumerate(cells):
-            sheet.paste(cell, (MARGIN + i * (width + GAP), top))
-        top += height + GAP
-    return np.asarray(sheet)
+    pictures = [[as_uint8(photo), *map(space.colourise, maps.values())] for photo, maps in rows]
+    return sheet(["Photo", *rows[0][1]], pictures, width)
+
+
+def depth_strips(
+    rows: Sequence[tuple[Float[np.ndarray, "_ _ 3"], dict[str, Float[np.ndarray, "_ _"]]]], width: int = 240
+) -> UInt8[np.ndarray, "h w 3"]:
+    """One row a photo: the photo, then each of its depth maps under its title, all of a row in the colours of one bar
+    of metres: the range of its last map, the truth."""
+    pictures, bars = [], []
+    for photo, maps in rows:
+        near, far = depth_range(list(maps.values())[-1])
+        pictures.append([as_uint8(photo), *(colour_depth(depth, near, far) for depth in maps.values())])
+        bars.append(depth_bar(near, far, 2 * width))
+    return sheet(["Photo", *rows[0][1]], pictures, width, bars)
+
+
+def depth_picture(depth: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """Depth in colour at its own size, at least 240 pixels wide, above a bar of metres."""
+    near, far = depth_range(depth)
+    height, width = depth.shape
+    across = max(width, 240)
+    bar = depth_bar(near, far, across - 2 * GAP, max(15, across // 50))
+    picture = Image.new("RGB", (across, round(height * across / width) + bar.height + 2 * GAP), PAPER)
+    picture.paste(_scaled(colour_depth(depth, near, far), across, round(height * across / width), smooth=False), (0, 0))
+    picture.paste(bar, (GAP, picture.height - bar.height - GAP))
+    return np.asarray(picture)
+
+
+def comparison(
+    rows: Sequence[tuple[Sample, Prediction]], space: LabelSpace, width: int = 240
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Predictions beside the truth, one row a frame: labels, true labels and mistakes; depth, true depth and error, of
+    what both have. Labels are of `space`. The bar is that of the depths; errors go from white, 0 m, to dark red, 1 m
+    and more."""
+    with_labels = all(s.labels is not None and p.labels is not None for s, p in rows)
+    with_depth = all(s.depth is not None and p.depth is not None for s, p in rows)
+    titles = ["Photo", *["Labels", "truth", "mistakes"] * with_labels, *["Depth", "truth", "error"] * with_depth]
+    pictures, bars = [], []
+    for sample, prediction in rows:
+        row, bar = [as_uint8(sample.image)], None
+        if with_labels:
+            row += [space.colourise(prediction.labels), space.colourise(sample.labels)]
+            row.append(mistakes(prediction.labels, sample.labels))
+        if with_depth:
+            near, far = depth_range(sample.depth)
+            row += [colour_depth(d, near, far) for d in (prediction.depth, sample.depth)]
+            row.append(error_map(prediction.depth, sample.depth))
+            bar = depth_bar(near, far, 3 * width)
+        pictures.append(row)
+        bars.append(bar)
+    return sheet(titles, pictures, width, bars)
 
 
 def error_map(

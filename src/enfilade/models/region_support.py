@@ -210,8 +210,8 @@ class RSN(nn.Module):
         iterations: of the refinement; 3.
 
     `forward(image, support=None, labels=None)`: RGB in [0, 1] of any size; `support` is used where it is given, for
-    guidance and, its void filled with the image's mean, as the first coarse depth. `side_depths` holds what was before the answer: the region support, if it
-    was generated, and the iterations but for the last.
+    guidance and, its void filled with the image's mean, as the first coarse depth. `side_depths` holds what was before
+    the answer: the region support, if it was generated, and the iterations but for the last.
     """
 
     def __init__(
@@ -270,8 +270,9 @@ class RSN(nn.Module):
         image = pad_to_multiple(image, self.trunk.strides[-1] if self.trunk is not None else self.stride)
         padded = image.shape[-2:]
         depths = []
-        if self.generation is not None and (support is None or learns(self.generation)):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and (learns(self.trunk) or learns(self.generation))):
+        learning = torch.is_grad_enabled() and (learns(self.trunk) or learns(self.generation))
+        if self.generation is not None and (support is None or learning):
+            with torch.set_grad_enabled(learning):
                 depths.append(self.generation(*self.trunk(image)))
         guidance = depths[-1] if support is None else self.subsampled(support, padded)
         depth = guidance if support is None else filled(guidance)
@@ -294,6 +295,18 @@ class RSN(nn.Module):
         h, w = x.shape[-2:]
         x = F.pad(x, (0, padded[1] - w, 0, padded[0] - h), value=outside)
         return x[:, self.stride // 2 :: self.stride, self.stride // 2 :: self.stride]
+
+
+class Step(nn.Module):
+    """A network that answers with the `step`-th depth map of an RSN: 0 is the first that it makes."""
+
+    def __init__(self, network: RSN, step: int):
+        super().__init__()
+        self.network, self.step, self.uses = network, step, network.uses
+
+    def forward(self, image: Float[Tensor, "b 3 h w"], **given: Tensor) -> Output:
+        output = self.network(image, **given)
+        return Output(depth=[*output.side_depths, output.depth][self.step])
 
 
 def filled(support: Float[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
