@@ -1,6 +1,6 @@
 """The pictures of the documentation that no other command makes.
 
-python docs/figures.py            # writes docs/images/crf.png
+python docs/figures.py            # writes docs/images/crf.png and region-support.png
 """
 
 from pathlib import Path
@@ -11,6 +11,7 @@ import enfilade
 from enfilade import viz
 from enfilade.images import write_png
 from enfilade.labels import SPACES
+from enfilade.ops import regions
 
 SEEDS = (12, 16)
 
@@ -33,5 +34,17 @@ def crf(path: Path) -> None:
     write_png(path, viz.strips(rows, SPACES["nyu40"], width=360))
 
 
+def region_support(path: Path) -> None:
+    """Two rendered rooms: depth, and the region support that it makes with the labels."""
+    rows = []
+    for seed in SEEDS:
+        sample = enfilade.open_dataset("rooms", split="test", seed=seed, length=1)[0]
+        support = regions.region_support(sample.labels, sample.depth)
+        rows.append((sample.image, {"region support": support, "depth": sample.depth}))
+    write_png(path, viz.depth_strips(rows, width=360))
+
+
 if __name__ == "__main__":
-    crf(Path(__file__).parent / "images" / "crf.png")
+    images = Path(__file__).parent / "images"
+    crf(images / "crf.png")
+    region_support(images / "region-support.png")
