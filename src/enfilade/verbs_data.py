@@ -6,18 +6,22 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from enfilade.errors import unknown
+from enfilade.errors import UserError, unknown
 from enfilade.options import (
     Count,
     Flag,
     Folder,
+    MaybeCount,
     MaybeFile,
     MaybeFolder,
+    MaybeNumber,
     Name,
     Options,
     complain,
     open_reader,
     parse_options,
+    positive,
+    read_camera,
 )
 
 
@@ -76,7 +80,7 @@ class DataCheck:
     """Read every sample of a data set once; say what is in it and name what is broken."""
 
     name: Annotated[Positional[str], arg(metavar="NAME", help_behavior_hint="")]
-    """The data set: nyuv2, camvid, sunrgbd, voc2012, frames or rooms."""
+    """The data set: nyuv2, camvid, sunrgbd, voc2012, ssc, frames, rooms or room-files."""
     root: MaybeFolder = None
     """Folder of the data (rooms are rendered and need none)."""
     split: Name = "train"
@@ -99,7 +103,7 @@ class DataShow:
     """Draw some samples of a data set on one sheet: RGB, labels, depth."""
 
     name: Annotated[Positional[str], arg(metavar="NAME", help_behavior_hint="")]
-    """The data set: nyuv2, camvid, sunrgbd, voc2012, frames or rooms."""
+    """The data set: nyuv2, camvid, sunrgbd, voc2012, ssc, frames, rooms or room-files."""
     root: MaybeFolder = None
     """Folder of the data (rooms are rendered and need none)."""
     split: Name = "train"
@@ -194,3 +198,138 @@ class DataRegions:
             show_region_support(reader, sheet, count=self.show)
             print(sheet)
         return 1 if found.broken else 0
+
+
+@dataclass(frozen=True)
+class DataRender:
+    """Render procedural rooms to files: RGB, depth, labels, camera and label volume, for the reader room-files."""
+
+    name: Annotated[Positional[str], arg(metavar="NAME", help_behavior_hint="")]
+    """What to render: rooms."""
+    out: Folder
+    """Folder to fill; complete frames in it are kept, so that an interrupted run goes on."""
+    count: MaybeCount = None
+    """Rooms; default: 1000 of train, 100 of val and of test."""
+    split: Name = "train"
+    """Split to render: train, val or test. No room is in two of them."""
+    seed: Count = 0
+    """Other rooms for another seed."""
+    width: Count = 640
+    """Of the pictures, pixels."""
+    height: Count = 480
+    """Of the pictures, pixels."""
+    noise: Annotated[bool, arg(help_behavior_hint="")] = True
+    """Exact depth only; default: depth with a Kinect's holes and steps."""
+    exact: Flag = False
+    """Write exact depth too, beside that with noise."""
+    image: Literal["jpg", "png"] = "jpg"
+    """Format of the colour images; png is lossless and five times as large."""
+    workers: MaybeCount = None
+    """Processes; default: one for each core. A room takes about a second of one core."""
+
+    def run(self) -> int:
+        if self.name != "rooms":
+            raise unknown("data set that can be rendered", self.name, ["rooms"])
+        positive("--workers", self.workers)
+        from enfilade.data.room_files import render_rooms
+        from enfilade.info import cores
+
+        found = render_rooms(
+            self.out,
+            split=self.split,
+            count=self.count,
+            seed=self.seed,
+            width=self.width,
+            height=self.height,
+            noise=self.noise,
+            exact=self.exact,
+            image=self.image,
+            workers=self.workers or cores(),
+            quiet=False,
+        )
+        for name, why in found.broken:
+            complain(f"{name}: {why}")
+        print(f"{found.written} written, {found.present} there before, {len(found.broken)} broken: {self.out}")
+        return 1 if found.broken else 0
+
+
+@dataclass(frozen=True)
+class DataVoxels:
+    """Place a voxel grid around your own depth map, and write what a completion network takes (NPZ)."""
+
+    depth: Annotated[Positional[str], arg(metavar="FILE", help_behavior_hint="")]
+    """Depth map: 16-bit PNG or TIFF in millimetres, or .npy in metres; 0 is missing."""
+    out: Annotated[str, arg(metavar="FILE")] = "voxels.npz"
+    """File to write."""
+    rgb: MaybeFile = None
+    """Colour image, aligned with the depth map."""
+    camera: MaybeFile = None
+    """JSON file: {"fx", "fy", "cx", "cy"} and optionally "width", "height" of the image they belong to."""
+    fov: Annotated[float | None, arg(metavar="DEGREES", help_behavior_hint="")] = None
+    """Horizontal field of view instead."""
+    unit: MaybeNumber = None
+    """Metres per stored unit; default: 0.001 for whole numbers, 1 for floats."""
+    gravity: Annotated[tuple[float, float, float] | None, arg(metavar="X Y Z", help_behavior_hint="")] = None
+    """Direction in which things fall, in the camera frame (x right, y down, z forward); default: found in the depth."""
+    pose: MaybeFile = None
+    """Instead: 4x4 camera-to-world matrix (text) whose world has Z up; only gravity is taken from it."""
+    height: MaybeNumber = None
+    """Of the camera above the floor, metres; default: found in the depth."""
+    walls: Annotated[bool, arg(help_behavior_hint="")] = True
+    """Let the grid point where the camera looks; default: turned to the walls."""
+    json: Flag = False
+    """Print height, gravity, origin, pose and file as JSON, and nothing else, on stdout."""
+
+    def run(self) -> int:
+        import json
+
+        import numpy as np
+
+        from enfilade.data.volumes import encode
+        from enfilade.data.voxel_files import describe_grid, frame, read_depth, read_pose, write_voxels
+        from enfilade.images import make_folder
+        from enfilade.ops.voxels import place_grid
+
+        if self.gravity is not None and self.pose is not None:
+            raise UserError("give gravity once: by --gravity or by --pose")
+        depth = read_depth(self.depth, unit=self.unit)
+        camera = self._camera(depth.shape[1], depth.shape[0])
+        sample = frame(depth, camera, rgb=self.rgb, name=Path(self.depth).stem)
+        assert sample.camera is not None
+        gravity = None if self.gravity is None else np.array(self.gravity)
+        if self.pose is not None:
+            gravity = -read_pose(self.pose)[2, :3]
+        grid = place_grid(depth, sample.camera, gravity, height=self.height, walls=self.walls)
+        make_folder(Path(self.out).parent)
+        write_voxels(self.out, encode(sample, grid=grid), grid)
+        if self.json:
+            found = {"height": grid.pose[2, 3], "gravity": (-grid.pose[2, :3]).tolist()}
+            found |= {"origin": grid.origin.tolist(), "pose": grid.pose.tolist(), "size": grid.size}
+            print(json.dumps({**found, "out": self.out}, indent=1))
+        else:
+            seen = "found in the depth map; 1.3 m or more where no floor is in view"
+            given = "as given" if self.pose is None else f"from {self.pose}"
+            told = describe_grid(
+                grid,
+                height=seen if self.height is None else "as given",
+                gravity="found in the depth map" if gravity is None else given,
+            )
+            print(f"{told}\n{self.out}")
+        return 0
+
+    def _camera(self, width: int, height: int):
+        """The camera that the options tell of; `width` and `height` are the depth map's."""
+        from enfilade.camera import Camera
+
+        if (self.camera is None) == (self.fov is None):
+            raise UserError("a grid in metres needs the camera, once: give --camera or --fov")
+        if self.fov is not None:
+            if not 1 <= self.fov <= 170:
+                raise UserError(f"a horizontal field of view lies between 1 and 170 degrees, not {self.fov:g}")
+            return Camera.from_fov(width, height, self.fov)
+        assert self.camera is not None
+        found = read_camera(Path(self.camera))
+        width, height = int(found.get("width", width)), int(found.get("height", height))
+        centre = {"cx": (width - 1) / 2, "cy": (height - 1) / 2}
+        fx, fy, cx, cy = (({"fy": found["fx"]} | centre | found)[key] for key in ("fx", "fy", "cx", "cy"))
+        return Camera(fx, fy, cx, cy, width, height)

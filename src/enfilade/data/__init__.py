@@ -23,13 +23,16 @@ READERS = {
     "nyuv2": "enfilade.data.nyuv2:NYUv2",
     "frames": "enfilade.data.frames:Frames",
     "rooms": "enfilade.data.rooms:Rooms",
+    "room-files": "enfilade.data.room_files:RoomFiles",
     "camvid": "enfilade.data.camvid:CamVid",
     "sunrgbd": "enfilade.data.sunrgbd:SUNRGBD",
     "voc2012": "enfilade.data.voc2012:VOC2012",
+    "ssc": "enfilade.data.ssc:SSC",
 }
 
-# Rooms are seeded: each split draws from its own million of seeds, so that no room is in two of them.
-_ROOMS = {"train": (0, 1000), "val": (1_000_000, 100), "test": (2_000_000, 100)}
+# The first seed and the usual number of rooms of each split. Each draws from its own million of seeds, so that no room
+# is in two of them.
+ROOM_SEEDS = {"train": (0, 1000), "val": (1_000_000, 100), "test": (2_000_000, 100)}
 
 
 @runtime_checkable
@@ -70,9 +73,9 @@ def open_dataset(name: str, root: str | os.PathLike | None = None, split: str = 
     if name == "rooms":
         if root is not None:
             raise UserError(f"rooms are rendered as they are needed and take no folder, not {os.fspath(root)!r}")
-        if split not in _ROOMS:
-            raise UserError(f"rooms have no split {split!r}: choose one of {', '.join(_ROOMS)}")
-        first, length = _ROOMS[split]
+        if split not in ROOM_SEEDS:
+            raise UserError(f"rooms have no split {split!r}: choose one of {', '.join(ROOM_SEEDS)}")
+        first, length = ROOM_SEEDS[split]
         options = {"length": length, **options, "seed": first + options.get("seed", 0)}
     else:
         if root is None:

@@ -17,7 +17,8 @@ The folder is SSCNet's `data`, or its `depthbin`::
 Or one folder of such frames without this tree (split "all"), where NYUCAD's depth is NYU0003_0000_cad_depth.png.
 
 Colour is not among SSCNet's files. It is looked for beside them as NYU0003_0000_rgb, NYU0003_0000_colors or NYU0003_rgb
-(.png or .jpg), or in a folder `rgb` of NYUv2's frames: 0003.png or 0003.jpg.
+(.png or .jpg), or in a folder `rgb` of NYUv2's frames: 0003.png or 0003.jpg. Nor are labels of pixels: a folder
+`labels` of NYUv2's label40/0003.png (0 void, 1..40) gives them; they become ssc12.
 
 A .bin is little-endian: 3 float32, the volume's origin (world X, Y, Z in metres); 16 float32, the camera-to-world pose,
 row by row; then pairs of uint32 (value, count), the runs of 240 x 144 x 240 voxels of 0.02 m in the axes of
@@ -29,6 +30,7 @@ Splits: "trainval" are the 795 training frames and "test" the 654 others; "val" 
 "train" what is before it, as in `data.nyuv2`. "all" is every frame.
 """
 
+import json
 import os
 import zipfile
 from collections.abc import Sequence
@@ -44,7 +46,7 @@ from enfilade.data.files import demand_size, read_map, read_rgb
 from enfilade.data.nyuv2 import split_ids
 from enfilade.errors import UserError, unknown
 from enfilade.images import make_folder, write_atomic, write_png
-from enfilade.labels import IGNORE, SPACES
+from enfilade.labels import IGNORE, SPACES, mapping
 from enfilade.types import LabelVolume, Sample
 
 SPLITS = ("train", "val", "trainval", "test", "all")
@@ -281,11 +283,13 @@ class SSC:
         split: "train", "val", "trainval", "test" or "all".
         source: "nyu" (depth of the Kinect) or "nyucad" (depth rendered from the volumes).
         rgb: a folder of NYUv2's colour images; default: beside the frames.
+        labels: a folder of NYUv2's label40 images; default: samples have no labels. Where void and class 40 share a
+            value, in training frames without a dataset.json that says otherwise (`data.nyuv2`), it is ignored.
         depth_only: leave the colour out; images are black then.
 
-    A sample holds image, depth, camera with pose, and voxels (ssc12 at 240x144x240). Labels of pixels are not among the
-    files. Every file is looked for at once: FileNotFoundError names the first that is missing and how many are. A
-    damaged file raises `UserError` that names it when it is read.
+    A sample holds image, depth, camera with pose, voxels (ssc12 at 240x144x240), and with `labels` those of its pixels.
+    Every file is looked for at once: FileNotFoundError names the first that is missing and how many are. A damaged file
+    raises `UserError` that names it when it is read.
     """
 
     def __init__(
@@ -295,6 +299,7 @@ class SSC:
         *,
         source: str = "nyu",
         rgb: str | os.PathLike | None = None,
+        labels: str | os.PathLike | None = None,
         depth_only: bool = False,
     ):
         if split not in SPLITS:
@@ -311,7 +316,11 @@ class SSC:
         if not bins:
             raise UserError(f"{self.root}: split {split!r} has no frames, such as NYU0003_0000.bin")
         self.names = tuple(path.stem for path in bins)
-        self._files = self._find(bins, source, None if depth_only else rgb, depth_only)
+        self._files = self._find(bins, source, None if depth_only else rgb, labels, depth_only)
+        self._table = np.full(256, IGNORE, np.uint8)  # of label40 files
+        self._table[1:41] = mapping("nyu40", "ssc12")[:40]
+        if labels is not None and split != "test" and not _void_is_exact(Path(labels).parent):
+            self._table[40] = IGNORE
 
     def _bins(self, split: str, source: str) -> list[Path]:
         trees = [self.root / "depthbin", self.root]
@@ -339,7 +348,7 @@ class SSC:
             found = [path for path in found if path.stem in kept]
         return found
 
-    def _find(self, bins: list[Path], source: str, rgb, depth_only: bool) -> list[dict[str, Path]]:
+    def _find(self, bins: list[Path], source: str, rgb, labels, depth_only: bool) -> list[dict[str, Path]]:
         listed: dict[Path, set[str]] = {}  # folders are listed once: asking for each file is slow on network drives
 
         def present(path: Path) -> bool:
@@ -354,6 +363,8 @@ class SSC:
             if source == "nyucad" and present(cad := path.with_name(f"{stem}_cad_depth.png")):
                 depth = cad
             files = {"bin": path, "depth": depth}
+            if labels is not None:
+                files["labels"] = Path(labels, f"{number}.png")
             if not depth_only:
                 stems = [Path(rgb, number)] if rgb is not None else []
                 stems += [path.with_name(n) for n in (f"{stem}_rgb", f"{stem}_colors", f"NYU{number}_rgb")]
@@ -381,12 +392,33 @@ class SSC:
         depth = read_depth(files["depth"])
         image = read_rgb(files["rgb"]) if "rgb" in files else np.zeros((*depth.shape, 3), np.float32)
         demand_size(depth, files["depth"], image, files.get("rgb", files["depth"]))
+        classes = None
+        if "labels" in files:
+            stored = read_map(files["labels"])
+            demand_size(stored, files["labels"], image, files.get("rgb", files["depth"]))
+            if stored.dtype != np.uint8 or stored.max() > 40:
+                raise UserError(f"{files['labels']} holds label {stored.max()}: expected 8 bits, 0 (void) and 1..40")
+            classes = self._table[stored]
         height, width = depth.shape
         camera = CAMERA if (width, height) == (CAMERA.width, CAMERA.height) else CAMERA.resized(width, height)
         volume, pose = read_bin(files["bin"])
         return Sample(
-            image=image, name=self.names[index], depth=depth, camera=replace(camera, pose=pose), voxels=volume
+            image=image,
+            name=self.names[index],
+            labels=classes,
+            depth=depth,
+            camera=replace(camera, pose=pose),
+            voxels=volume,
         )
+
+
+def _void_is_exact(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "dataset.json").read_text()).get("void") == "exact"
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / 'dataset.json'} cannot be read ({error})") from error
 
 
 def _bins_in(folder: Path) -> list[Path]:
