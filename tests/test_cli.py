@@ -379,6 +379,11 @@ def test_evaluate_prints_and_writes_a_report(capsys, nyu, model, tmp_path):
     assert "mean IoU" in table
     assert (out / "report.txt").read_text().strip() == table.strip()
     assert cv2.imread(str(out / "confusion.png")) is not None
+    assert not (out / "comparison.png").exists()
+    assert main([*words, "--pictures", "2"]) == 0
+    capsys.readouterr()
+    assert cv2.imread(str(out / "comparison.png")).shape[1] > 7 * 240  # photo, three of labels, three of depth
+    fails(capsys, [*words[:-3], "--no-flip", "--pictures", "2"], "give --out DIR")
     saved = json.loads((out / "report.json").read_text())
     assert saved["protocol"]["frames"] == 2
     assert saved["protocol"]["flip"] is False

@@ -21,6 +21,8 @@ def substitute(recipe) -> torch.nn.Module:
         tiny |= {"bottleneck": 8, "widths": (8,) * len(recipe.arguments.get("widths", (0,) * 4)), "embedding": 8}
     elif recipe.model == "rsn":
         tiny |= {"width": 16, "refine_width": 4}
+    elif recipe.model == "completion":
+        del tiny["encoder"]
     elif recipe.model == "peer":
         pytest.importorskip("segmentation_models_pytorch")
     torch.manual_seed(0)
@@ -37,7 +39,8 @@ def test_every_recipe_can_take_a_step(name):
     recipe = recipes.get(name)
     assert recipe.name == name
     assert recipe.model in checkpoint.MODELS
-    assert recipe.arguments.get("classes", 40) == len(SPACES[recipe.space])
+    classes = recipe.arguments.get("classes", 12 if recipe.volumes else 40)
+    assert classes == len(SPACES[recipe.space])
     network = substitute(recipe)
     parts = set(network.parts)
     batch = Batch(
@@ -47,8 +50,12 @@ def test_every_recipe_can_take_a_step(name):
         hha=torch.rand(2, 3, 64, 64),
         support=torch.rand(2, 64, 64) * 3 + 1,
         regions=torch.randint(1, 9, (2, 64, 64)),
+        tsdf=torch.rand(2, 1, 32, 16, 32) * 2 - 1,
+        volume=torch.randint(0, 12, (2, 8, 4, 8)),
+        voxels=torch.randint(-1, 256, (2, 64, 64)),
+        pixels=torch.randint(-1, 4096, (2, 8, 4, 8)),
     )
-    batch.labels[batch.labels >= recipe.arguments.get("classes", 40)] = 255
+    batch.labels[batch.labels >= classes] = 255
     assert recipe.stages or name == "rsn-support"  # whose answer is what it is given
     for stage in recipe.stages:
         assert all(losses.resolve(name) for name in stage.losses)

@@ -701,6 +701,19 @@ def test_two_processes_share_the_samples_of_one(count, batch, accumulate):
     assert orders[0] != orders[1] or orders[1] != orders[2]  # few samples have few orders
 
 
+def test_an_epoch_of_some_samples_draws_anew():
+    """Of 30 samples, 12 in each epoch: others in the next, and none twice in one."""
+    recipe = tiny(stage(batch=4, samples=12, epochs=3))
+    batches = list(Order(30, recipe, 0, 0, 0, 1))
+    assert len(batches) == 9
+    epochs = [[i for b in batches for e, i in b if e == epoch] for epoch in range(3)]
+    assert all(len(set(chosen)) == 12 and max(chosen) < 30 for chosen in epochs)
+    assert len({frozenset(chosen) for chosen in epochs}) == 3
+    assert set().union(*epochs) - set(range(12))  # not the first twelve only
+    more = recipe.with_stages(samples=99)  # more than there are is all
+    assert len(list(Order(30, more, 0, 0, 0, 1))) == len(list(Order(30, recipe.with_stages(samples=0), 0, 0, 0, 1)))
+
+
 def test_a_late_start_continues_the_same_order():
     recipe = tiny(stage(batch=2, accumulate=2, epochs=3))
     whole = samples_of(recipe, 11, 0, 0, 1)

@@ -26,6 +26,8 @@ MODELS: dict[str, str] = {
     "lrn": "enfilade.models.label_refinement:LRN",
     "segnet": "enfilade.models.label_refinement:SegNet",
     "joint": "enfilade.models.joint_crf:JointCRF",
+    "completion": "enfilade.models.completion3d:Completion3d",
+    "imenet": "enfilade.models.mutual_enhancement:IMENet",
     "rsn": "enfilade.models.region_support:RSN",
     "fcn8s": "enfilade.models.label_refinement:FCN8s",
     "peer": "enfilade.models.peers:Peer",

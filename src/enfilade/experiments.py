@@ -25,22 +25,23 @@ CAMVID_CLASSES = (  # in the order of LRN's Table 2
 class Row:
     """A table's row: its label there, the recipe that makes it, and what the paper reports (percent), or nothing where
     the row is ours alone. `stage` counts the label maps of one model (LRN Table 4), the coarsest first. `given` is what
-    the model is told of each frame when it is scored (RSN Table 3)."""
+    the model is told of each frame when it is scored (RSN Table 3); `iterations` those of an IMENet (Figure 9)."""
 
     label: str
     recipe: str
     paper: tuple[float, ...] = ()
     stage: int | None = None
     given: tuple[str, ...] = ()
+    iterations: int | None = None
 
 
 @dataclass(frozen=True)
 class Table:
     """A paper's table.
 
-    `columns` are headings and where their score stands in a report: a key of its segmentation, "accuracy of CLASS", or
-    "depth KEY". `across` puts the scores below each other and the rows side by side, which many columns need. `depth`
-    adds the RMSE. Scores are in percent, but for those of depth.
+    `columns` are headings and where their score stands in a report: a key of its segmentation, "accuracy of CLASS",
+    "depth KEY" or "completion KEY". `across` puts the scores below each other and the rows side by side, which many
+    columns need. `depth` adds the RMSE. Scores are in percent, but for those of depth.
     """
 
     title: str
@@ -54,6 +55,7 @@ class Table:
 _GAD = "ResNet-50, 795 training and 654 test frames, 40 classes, 8 GPUs."
 _JOINT = "five branches from VGG-16, 795 training (6 pictures of each) and 654 test frames, 40 classes, 180000 updates."
 _RSN = "ResNet-34, 3264 training and 483 test frames of NYUv1 and v2, Table 1's layers at full resolution."
+_IMENET = "ResNet-101 and SSCNet on NYUCAD, 795 training and 654 test frames."
 _LRN = "VGG-16, 367 training and 233 test images of 480x360, about 80000 updates of batch 10."
 
 TABLES: dict[str, Table] = {
@@ -151,6 +153,27 @@ TABLES: dict[str, Table] = {
             "RMSE (m)": "depth rmse",
             **{f"δ{k}": f"depth delta{k}" for k in (1, 2, 3)},
         },
+    ),
+    "imenet-table3": Table(
+        "IMENet Table 3, the ablation; below it the baseline of Table 1 and the upper bounds",
+        _IMENET,
+        (
+            Row("A", "imenet-a", (46.8, 40.3, 72.3)),
+            Row("B: +IL", "imenet-b", (48.1, 42.5, 74.3)),
+            Row("C: +IL +DCP", "imenet-c", (62.2, 42.8, 75.5)),
+            Row("D: +IL +DDA", "imenet-d", (47.4, 44.8, 77.7)),
+            Row("E: +IL +DCP +DDA", "imenet-e", (65.6, 47.5, 79.1)),
+            Row("SSCNet (Table 1)", "sscnet-rooms", (float("nan"), 40.0, 73.2)),
+            Row("IMENet-2DGT", "imenet-2dgt"),
+            Row("IMENet-3DGT", "imenet-3dgt"),
+        ),
+        {"SS mIoU": "miou", "SSC mIoU": "completion ssc_miou", "SC IoU": "completion sc_iou"},
+    ),
+    "imenet-fig9": Table(
+        "IMENet Figure 9, the score against the iterations T, of one model trained with T = 1",
+        _IMENET + " The figure has curves and no numbers: rising to 3 and 4, then falling.",
+        tuple(Row(f"T = {t}", "imenet-e", iterations=t) for t in range(1, 7)),
+        {"SS mIoU": "miou", "SSC mIoU": "completion ssc_miou", "SC IoU": "completion sc_iou"},
     ),
     "lrn-table2": Table(
         "LRN Table 2, accuracy of each class on CamVid",
@@ -276,9 +299,17 @@ def reproduce(
         else:
             weights = resolve(model)
         which = f"-s{row.stage}" if row.stage else "".join(f"-{name}" for name in row.given)
+        which += f"-t{row.iterations}" if row.iterations else ""
         file = folder / f"report{which}.json"
         report = scored(file, weights, len(val_data))
-        if report is None:
+        if report is None and recipe.volumes:
+            from enfilade.checkpoint import load as load_model
+            from enfilade.complete import score as score_completion
+
+            loaded = load_model(weights)
+            report = score_completion(loaded.network, loaded.meta, val_data, iterations=row.iterations, quiet=quiet)
+            write_report(report, file)
+        elif report is None:
             predictor = load(weights, flip=False, guidance="truth")
             if row.stage:
                 predictor = at_stage(predictor, row.stage)
@@ -331,8 +362,11 @@ def shared(recipe: Recipe, trained: Sequence[tuple[Recipe, Path]]) -> tuple[Path
 
 def value(report: dict[str, Any], where: str) -> float | None:
     """A score of a report: a key of its segmentation, "accuracy of CLASS", or "depth KEY"."""
-    if where.startswith("depth "):
-        return report.get("depth", {}).get(where.removeprefix("depth "))
+    for part in ("depth", "completion"):
+        if where.startswith(f"{part} "):
+            return report.get(part, {}).get(where.removeprefix(f"{part} "))
+    if "segmentation" not in report:
+        return None
     if name := where.removeprefix("accuracy of ") * where.startswith("accuracy of "):
         return {row["name"]: row["accuracy"] for row in report["segmentation"]["per_class"]}.get(name)
     return report["segmentation"][where]
@@ -417,7 +451,13 @@ def ours_setting(recipe, encoder_weights, count: int, protocol: dict[str, Any], 
     how = f"trained already ({model})"
     if model is None:
         weights = "random encoder weights" if encoder_weights is None else "ImageNet encoder weights"
-        how = f"{recipe.arguments['encoder']} ({weights}), {count} training images, {stages}, seed {recipe.seed}"
+        encoder = recipe.arguments.get("encoder", "no encoder")
+        how = f"{encoder} ({weights}), {count} training images, {stages}, seed {recipe.seed}"
+    if "convention" in protocol:
+        return (
+            f"Ours: {how}; {protocol['frames']} frames of {protocol['data']}, voxels scored by the convention of "
+            f"{protocol['convention']}." + (f" A smoke run: only the first {limit} samples." if limit else "")
+        )
     return (
         f"Ours: {how}; {protocol['frames']} images of {protocol['data']}, {protocol['classes_scored']} classes,"
         f" crop {protocol['crop']}, no flip." + (f" A smoke run: only the first {limit} samples." if limit else "")
@@ -428,7 +468,7 @@ def markdown(table: Table, results: list[dict[str, Any]], setting: str, left_out
     """Paper columns | our columns, and under them what was run."""
 
     def told(number: float | None) -> str:
-        return "-" if number is None else f"{number:{digits}}"
+        return "-" if number is None or number != number else f"{number:{digits}}"
 
     names = list(table.columns)
     papers = [dict(zip(names, r["paper"])) for r in results]

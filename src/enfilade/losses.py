@@ -319,17 +319,20 @@ def resolve(name: str) -> tuple[Term, str]:
     Raises:
         UserError: no such term, or a map that is not called s1, s2, ... or d1, d2, ...
     """
+    from enfilade.losses_volume import VOLUME_TERMS
+
     term, slash, which = name.partition("/")
-    if term not in TERMS:
-        raise unknown("loss term", term, TERMS)
+    terms = TERMS | VOLUME_TERMS
+    if term not in terms:
+        raise unknown("loss term", term, terms)
     if not slash:
-        return TERMS[term], ""
+        return terms[term], ""
     if not re.fullmatch(r"[sd][1-9]\d*", which):
         raise UserError(
             f"loss term {name!r}: after the slash comes a label map, s1 for the coarsest, or a depth map, d1 for the "
             f"first, not {which!r}"
         )
-    return TERMS[term], which
+    return terms[term], which
 
 
 def at_map(output: Output, which: str) -> Output:

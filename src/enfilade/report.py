@@ -36,7 +36,21 @@ DEPTH_ROWS = {  # key: title, whether a percentage
     "log_si": ("log scale-invariant, squared", False),
     "log10": ("log10", False),
 }
-
+COMPLETION_ROWS = {
+    "sc_iou": "scene completion: IoU",
+    "sc_precision": "scene completion: precision",
+    "sc_recall": "scene completion: recall",
+    "ssc_miou": "semantic scene completion: mean IoU",
+}
+COMPLETION_COLUMNS = ("score", "left"), ("%", "right")
+CLASS_COLUMNS = (
+    ("class", "left"),
+    ("voxels", "right"),
+    ("IoU %", "right"),
+    ("", "left"),
+    ("precision %", "right"),
+    ("recall %", "right"),
+)
 
 T = TypeVar("T")
 
@@ -128,6 +142,19 @@ def table(result: dict) -> str:
         for title, names in (("never in the ground truth, left out", seg["left_out"]), ("ignored", seg["ignored"])):
             if names:
                 console.print(f"{title}: {', '.join(names)}", markup=False, soft_wrap=True)
+
+    if rooms := result.get("completion"):
+        summary = start(f"Completion, {rooms['images']} frames, convention {rooms['convention']}", *COMPLETION_COLUMNS)
+        for key, title in COMPLETION_ROWS.items():
+            summary.add_row(title, _percent(rooms[key]))
+        console.print(summary)
+        classes = start("Semantic completion, classes", *CLASS_COLUMNS)
+        for c in rooms["per_class"]:
+            cells = (_percent(c["iou"]), _bar(c["iou"]), _percent(c["precision"]), _percent(c["recall"]))
+            classes.add_row(c["name"], f"{c['voxels']:,}", *cells)
+        console.print(classes)
+        if rooms["left_out"]:
+            console.print(f"never there, left out: {', '.join(rooms['left_out'])}", markup=False, soft_wrap=True)
 
     if depth := result.get("depth"):
         crop = "" if depth["crop"] == "none" else f", crop {depth['crop']}"

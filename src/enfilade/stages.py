@@ -20,6 +20,7 @@ class Stage:
         zoom: random scaling around the canonical scale (log-uniform).
         augmentation: "online", drawn anew in each epoch; or "offline", six fixed pictures of each sample: itself, its
             mirror image and four crops, shuffled once (Mousavian et al. 2016, Section 4.1). An epoch is all six.
+        samples: in an epoch, drawn anew in each; 0 is all.
         flip, colour: see `data.transforms.Augment`.
         batch: samples in one forward pass, per process.
         accumulate: forward passes per update.
@@ -44,6 +45,7 @@ class Stage:
     size: tuple[int, int] = (240, 320)
     zoom: tuple[float, float] = (1.0, 1.0)
     augmentation: Literal["online", "offline"] = "online"
+    samples: int = 0
     flip: float = 0.5
     colour: float = 1.0
     batch: int = 8
@@ -78,6 +80,8 @@ class Recipe:
         class_weighting: power of the median-frequency class weights (0 none, 1 full, 0.5 their square root).
         class_weights: a file of `enfilade data weights` to use instead.
         regions: samples carry their regions and region support (`ops.regions`), made after augmentation.
+        volumes: samples are encoded for completion (`data.volumes`): whole images at the stage's size, mirrored in 3-D
+            with its `flip`. Zoom, scale and focal length do not apply.
         depth_fraction: share of the training samples that keep their depth (GAD Section 4.5).
         seed: of everything random: initial weights, order, augmentation, dropout.
         precision: "no" (fp32) or "bf16".
@@ -94,6 +98,7 @@ class Recipe:
     class_weighting: float = 0.0
     class_weights: str | None = None
     regions: bool = False
+    volumes: bool = False
     depth_fraction: float = 1.0
     seed: int = 0
     precision: Literal["no", "bf16"] = "bf16"

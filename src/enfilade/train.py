@@ -383,7 +383,7 @@ class Run:
             with swapped(self.network, self.average):
                 recipe = self.recipe.replace(precision=stage.precision or self.recipe.precision)
                 scores = validate(self.network, recipe, self.val_data, self.ignored, self.accelerator.device)
-                merit = scores["miou"] if "miou" in scores else 1 / (1 + scores["rmse"])
+                merit = next((scores[k] for k in ("ssc_miou", "miou") if k in scores), 1 / (1 + scores.get("rmse", 0)))
                 if merit > self.progress["best"]:
                     self.progress["best"] = merit
                     self.save_model("best.safetensors", {"scores": scores, "stage": stage.name, "epoch": epoch})
@@ -456,6 +456,7 @@ LACKS = {
     "hha": "open the data set with hha=True",
     "labels": "choose data with labels",
     "support": "choose data with labels and depth, and a recipe with regions=true",
+    "tsdf": "choose data with label volumes (room-files, ssc), and a recipe with volumes=true",
 }
 
 
@@ -514,6 +515,12 @@ def validate(network: nn.Module, recipe: Recipe, reader, ignored: tuple[int, ...
     from enfilade.predict import Predictor
 
     meta = model_meta(recipe, ignored, {})
+    if recipe.volumes:
+        from enfilade.complete import score as score_completion
+
+        result = score_completion(network, meta, reader, quiet=True, device=device)
+        both = result["completion"] | result.get("segmentation", {})
+        return {k: both[k] for k in ("ssc_miou", "sc_iou", "miou") if both.get(k) is not None}
     precision = "bf16" if recipe.precision == "bf16" else "fp32"
     predictor = Predictor(network, meta, flip=False, precision=precision, device=device)
     result = score(predictor, reader, quiet=True)

@@ -151,6 +151,7 @@ class Output:
     depth_spread: Float[Tensor, "b _ _"] | None = None  # metres
     volume_logits: Float[Tensor, "b k _ _ _"] | None = None  # of the output grid
     side_volume_logits: tuple[Float[Tensor, "b k _ _ _"], ...] = ()
+    sketch: Any = None  # `models.completion3d.Sketch`
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,17 @@ from enfilade.options import (
     read_camera,
     use_threads,
 )
-from enfilade.verbs_data import DataCheck, DataHHA, DataPrepare, DataRegions, DataShow, DataWeights
+from enfilade.verbs_complete import Complete
+from enfilade.verbs_data import (
+    DataCheck,
+    DataHHA,
+    DataPrepare,
+    DataRegions,
+    DataRender,
+    DataShow,
+    DataVoxels,
+    DataWeights,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,8 @@ class Predict:
     model: Model = "gad-nyuv2"
     """A shipped model, a model file, or the folder of a training run."""
     files: tuple[File, ...] = get_args(File)
-    """What to write: labels (PNG), depth (16-bit PNG, mm), overlay and panel (pictures), arrays (NPZ), points (PLY)."""
+    """What to write: labels (PNG); depth and, where a network iterates, its spread (16-bit PNG, mm); colour (depth with
+    a bar of metres), overlay and panel (pictures); arrays (NPZ); points (PLY)."""
     fx: MaybeNumber = None
     """Focal length in pixels of the images, which all are of one camera."""
     fy: MaybeNumber = None
@@ -268,6 +279,16 @@ class Evaluate:
     """Of the network's arithmetic; auto is bf16 on a GPU."""
     crf: Flag = False
     """Refine the labels by colours and depth (a dense CRF)."""
+    guidance: Literal["truth", "predicted"] = "truth"
+    """What guides a model that needs labels or region support: the data's own, or the default model's answer."""
+    given: tuple[Literal["support"], ...] = ()
+    """Tell the model the true region support of each frame in place of the one it generates."""
+    convention: Literal["torchssc", "sscnet", "image"] = "torchssc"
+    """How a completion model is scored, see `enfilade.metrics_volume`."""
+    iterations: MaybeCount = None
+    """Of a completion model that iterates, instead of its own."""
+    pictures: Count = 0
+    """Write comparison.png with so many frames, evenly spread: answer, truth, and where they differ; needs --out."""
     json: Flag = False
     """Print the report as JSON, and nothing else, on stdout."""
 
@@ -279,7 +300,11 @@ class Evaluate:
 
         if self.out is not None:
             make_folder(self.out)  # rather now than after an hour of scoring
+        elif self.pictures:
+            raise UserError("--pictures needs a folder for them: give --out DIR")
         use_threads()
+        if completes(self.model):
+            return self._rooms(reader)
         predictor = enfilade.load(
             self.model,
             self.device,
@@ -290,7 +315,16 @@ class Evaluate:
             resolution=self.resolution,
             precision=self.precision,
             crf=self.crf,
+            guidance=self.guidance,
         )
+        frames = len(reader) if self.limit is None else min(self.limit, len(reader))
+        chosen = {(2 * i + 1) * frames // (2 * self.pictures) for i in range(self.pictures)}
+        shown: list[tuple[Any, Any]] = []
+
+        def keep(index: int, sample, prediction) -> None:
+            if index in chosen:
+                shown.append((sample, prediction.in_space(reader.space.name)))
+
         result = enfilade.evaluate(
             predictor,
             reader,
@@ -298,6 +332,8 @@ class Evaluate:
             depth_average=self.depth_average,
             depth_cap=self.depth_cap,
             limit=self.limit,
+            given=self.given,
+            on_frame=keep,
         )
         confusion = result.pop("confusion", None)
         result["protocol"]["model"] = self.model
@@ -308,7 +344,46 @@ class Evaluate:
             write_atomic(Path(self.out, "report.txt"), table.encode())
             if confusion is not None:
                 report.confusion_picture(confusion, result["names"], Path(self.out, "confusion.png"))
+            if shown:
+                from enfilade.images import write_png
+                from enfilade.viz import comparison
+
+                write_png(Path(self.out, "comparison.png"), comparison(shown, reader.space))
         return 0
+
+    def _rooms(self, reader) -> int:
+        """Score a completion model on label volumes."""
+        from enfilade import report
+        from enfilade.checkpoint import load
+        from enfilade.complete import score
+        from enfilade.images import write_atomic
+
+        positive("--iterations", self.iterations)
+        loaded = load(self.model)
+        result = score(
+            loaded.network,
+            loaded.meta,
+            reader,
+            convention=self.convention,
+            iterations=self.iterations,
+            limit=self.limit,
+            device=self.device,
+        )
+        result["protocol"]["model"] = self.model
+        table = report.table(result["protocol"] | {k: v for k, v in result.items() if k != "protocol"})
+        print(json.dumps(result, indent=1) if self.json else table)
+        if self.out is not None:
+            report.write_report(result, Path(self.out, "report.json"))
+            write_atomic(Path(self.out, "report.txt"), table.encode())
+        return 0
+
+
+def completes(model: str) -> bool:
+    """Whether a model file is of a network that completes rooms."""
+    from enfilade.checkpoint import resolve
+    from enfilade.info import header
+
+    return header(resolve(model)).get("model") in ("completion", "imenet")
 
 
 @dataclass(frozen=True)
@@ -316,7 +391,8 @@ class Reproduce:
     """Train and score the rows of a paper's table, the paper's numbers beside ours; goes on where it stopped."""
 
     table: Annotated[Positional[str], arg(metavar="TABLE", help_behavior_hint="")]
-    """gad-table4, gad-table5, joint-table2, joint-table3, lrn-table2 or lrn-table4."""
+    """gad-table4, gad-table5, joint-table2, joint-table3, rsn-table3, imenet-table3, imenet-fig9, lrn-table2 or
+    lrn-table4."""
     data: Name
     """The data set: nyuv2, camvid, sunrgbd, voc2012, frames or rooms."""
     out: Folder
@@ -495,8 +571,11 @@ Verb = (
     | DataShow
     | DataWeights
     | DataRegions
+    | DataRender
+    | DataVoxels
     | Export
     | Refine
+    | Complete
     | Demo
     | Info
 )
@@ -512,8 +591,11 @@ VERBS: dict[str, type[Verb]] = {
     "data show": DataShow,
     "data weights": DataWeights,
     "data regions": DataRegions,
+    "data render": DataRender,
+    "data voxels": DataVoxels,
     "export": Export,
     "refine": Refine,
+    "complete": Complete,
     "demo": Demo,
     "info": Info,
 }

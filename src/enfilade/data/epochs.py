@@ -3,6 +3,7 @@
 Nothing here keeps a state, so a training that starts again in the middle of an epoch sees what it would have seen.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from enfilade.data.transforms import Augment
+from enfilade.data.transforms import Augment, jitter
 from enfilade.data.weights import count, median_frequency
 from enfilade.errors import UserError
 from enfilade.ops.regions import region_support, regions
@@ -31,8 +32,9 @@ class Augmented(Dataset):
         self.augment = Augment(
             stage.size, scale=recipe.scale, focal=recipe.focal, zoom=stage.zoom, flip=stage.flip, colour=stage.colour
         )
-        self.offline, self.length = stage.augmentation == "offline", samples(len(reader), stage)
-        self.regions = recipe.regions
+        self.offline, self.length = stage.augmentation == "offline", pictures(len(reader), stage)
+        self.regions, self.stage = recipe.regions, stage
+        self.volumes = recipe.volumes
         self.with_depth = supervised(len(reader), recipe.depth_fraction, recipe.seed)
 
     def __len__(self) -> int:
@@ -48,10 +50,22 @@ class Augmented(Dataset):
             if which < 2:  # whole, as far as the size of the crop allows
                 augment = replace(augment, zoom=(1.0, 1.0), crop="centre", flip=float(which))
         sample = self.reader[index]
+        if self.volumes:
+            return completed(sample, self.stage, self.reader.space.name, np.random.default_rng(key))
         if not self.with_depth[index]:
             sample = sample.replace(depth=None)
         sample = augment(sample, np.random.default_rng(key))
         return with_regions(sample) if self.regions else sample
+
+
+def completed(sample: Sample, stage: Stage, space: str, rng: np.random.Generator) -> Sample:
+    """The sample as completion networks take it, mirrored in 3-D or not, with the stage's changes of colour."""
+    from enfilade.data.volumes import encode, mirror
+
+    if rng.random() < stage.flip:
+        sample = mirror(sample)
+    sample = encode(sample, image_size=stage.size, space=space)
+    return sample.replace(image=jitter(sample.image, rng, stage.colour)) if stage.colour > 0 else sample
 
 
 def with_regions(sample: Sample) -> Sample:
@@ -82,7 +96,7 @@ class Order(Sampler):
     def __init__(self, count: int, recipe: Recipe, stage_index: int, start: int, rank: int, world: int):
         stage = recipe.stages[stage_index]
         self.seed, self.stage = (recipe.seed, stage_index, 1), stage
-        self.count = samples(count, stage)
+        self.pool, self.count = pictures(count, stage), samples(count, stage)
         self.start, self.rank, self.world = start, rank, world
         self.per_epoch = steps_per_epoch(count, stage, world) * stage.accumulate
 
@@ -93,7 +107,7 @@ class Order(Sampler):
         batch = self.stage.batch
         for epoch in range(self.start // self.per_epoch, self.stage.epochs):
             shuffle = 0 if self.stage.augmentation == "offline" else epoch  # "shuffled randomly once"
-            order = np.random.default_rng((*self.seed, shuffle)).permutation(self.count)
+            order = np.random.default_rng((*self.seed, shuffle)).permutation(self.pool)[: self.count]
             needed = self.per_epoch * batch * self.world
             order = np.resize(order, needed)  # a data set smaller than one batch is repeated
             first = max(0, self.start - epoch * self.per_epoch)
@@ -102,9 +116,14 @@ class Order(Sampler):
                 yield [(epoch, int(i)) for i in order[at : at + batch]]
 
 
+def pictures(count: int, stage: Stage) -> int:
+    """What there is to draw from a reader of `count` samples."""
+    return count * (OFFLINE if stage.augmentation == "offline" else 1)
+
+
 def samples(count: int, stage: Stage) -> int:
     """What an epoch over a reader of `count` samples holds."""
-    return count * (OFFLINE if stage.augmentation == "offline" else 1)
+    return min(stage.samples or sys.maxsize, pictures(count, stage))
 
 
 def steps_per_epoch(count: int, stage: Stage, world: int) -> int:
