@@ -122,8 +122,8 @@ def test_compiled_loops_and_their_gradients_agree_with_torch(shape, sharpness, n
                     out = crf._mean_field_torch(leaves[0], lattices, m, 3, normalise, remove_self, False)
                 found.append((out.detach(), *torch.autograd.grad((out * unary.sin()).sum(), leaves)))
             for fast, slow in zip(*found):
-                # What is left out of messages to oneself is below 1e-4 for a label, and rounding adds to it.
-                assert (fast - slow).abs().max() <= 4e-4 * slow.abs().max() + 3e-4
+                # Some of the messages to oneself are left out, and Q is rounded to 16 bits there.
+                assert (fast - slow).abs().max() <= 4e-4 * slow.abs().max() + 5e-4
 
 
 def test_gradients_of_the_torch_path():
@@ -144,6 +144,35 @@ def test_checkpoints_change_no_gradient(iterations, dtype):
         out = mean_field(leaves[0], lattices, leaves[1], leaves[2], iterations, checkpoint=checkpoint)
         found.append((out.detach(), *torch.autograd.grad(out.sin().sum(), leaves)))
     assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_calls_in_between_do_not_touch_what_a_backward_pass_waits_for(checkpoint):
+    """Work memory goes from call to call; a graph that is kept gives its gradients as often as asked."""
+    unary, image, depth = problem(height=6, width=7)
+    lattices, (weights, mu) = build_lattices(KERNELS, image, depth), matrices(5)
+    leaves = [x.clone().requires_grad_() for x in (unary, weights, mu)]
+    out = mean_field(leaves[0], lattices, leaves[1], leaves[2], 3, checkpoint=checkpoint).sin().sum()
+    first = torch.autograd.grad(out, leaves, retain_graph=True)
+    other = (-unary).requires_grad_()
+    mean_field(other, lattices, weights, mu, 2).sum().backward()
+    with torch.no_grad():
+        mean_field(other, lattices, weights, mu, 2)
+    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(out, leaves)))
+
+
+@pytest.mark.parametrize("values", [0.0, 1e-3, 1e3])
+def test_gradients_are_linear_in_what_comes_in(values):
+    """What is left out is a share of the incoming gradient, of which there may be none."""
+    unary, image, depth = problem(height=6, width=7)
+    lattices, (weights, mu) = build_lattices(KERNELS, image, depth), matrices(5)
+    leaves = [x.clone().requires_grad_() for x in (unary, weights, mu)]
+    out = mean_field(leaves[0], lattices, leaves[1], leaves[2], 3)
+    along = random(*unary.shape, seed=8)
+    one = torch.autograd.grad(out, leaves, along, retain_graph=True)
+    many = torch.autograd.grad(out, leaves, values * along)
+    for a, b in zip(one, many):
+        torch.testing.assert_close(b, values * a, rtol=1e-3, atol=1e-5 * values * a.abs().max().item())
 
 
 def test_only_what_needs_a_gradient_gets_one():
@@ -213,7 +242,7 @@ def test_a_pixel_sends_itself_nothing(dtype):
     lattices, (weights, mu) = build_lattices(KERNELS, image, depth), matrices(5)
     unary = unary.to(dtype)
     assert (mean_field(unary, lattices, weights, mu, 3, remove_self=False) - unary).abs().max() > 1
-    # What is left out of messages to oneself is below 1e-4 for a label.
+    # What rounding to 16 bits and small shares leave of messages to oneself.
     torch.testing.assert_close(mean_field(unary, lattices, weights, mu, 3), unary, rtol=0, atol=4e-4)
 
 

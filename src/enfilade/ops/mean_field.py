@@ -4,7 +4,7 @@ Points and vertices are rows of channels, padded to whole vectors. All kernels s
 list of corners of a point, so a sweep over the points does not know how many kernels there are. Messages are
 multiplied by -mu w on the vertices, of which there are several times fewer than points. A sweep takes a few points
 from the messages to Q and on to the next splat while their rows are in the first-level cache; Q goes to memory for a
-point's message to itself and for the backward pass only.
+point's message to itself and for the backward pass only, and there in 16 bits, within 2^-12 of each number.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any, no_type_check
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -26,14 +26,12 @@ from enfilade.ops.mean_field_loops import (
     START,
     STEP,
     correlate,
-    from_rows,
     move,
     multiply,
     place,
     scale,
     sweep,
     sweep_back,
-    to_rows,
 )
 from enfilade.ops.vectors import LANES
 
@@ -54,14 +52,18 @@ class Joint:
     offsets: np.ndarray  # n * corners, numbers of rows
     inner: np.ndarray  # n * corners, the weights of the splat
     outer: np.ndarray  # and those of the slice, normalised, with the gain
-    own: np.ndarray  # n k: K_ii; n 0 where it stays in
+    own: np.ndarray  # k n: K_ii; 0 n where it stays in
     rows: list[tuple[int, int]]  # of each kernel, the first and the one after the last
     neighbours: list[np.ndarray]  # as in Lattice, counted from the kernel's first row
 
-    def points(self, function: Callable[[int, int, int], Any]) -> None:
+    @property
+    def lists(self) -> tuple:
+        """What a sweep takes of the points; the last is their number in an image."""
+        return self.offsets, self.inner, self.outer, self.corners, self.own, self.size[1] * self.size[2]
+
+    def points(self, function: Callable[[int, int, int], Any]) -> list:
         """function(thread, start, stop) over the points."""
-        b, h, w = self.size
-        run_parts(function, b * h * w)
+        return run_parts(function, math.prod(self.size))
 
     def spread(self, function: Callable[[int, int, int, int], Any]) -> None:
         """function(thread, kernel, start, stop) over the rows, where each thread takes its share of every kernel."""
@@ -79,7 +81,7 @@ def join(lattices: Sequence[Lattice], normalise: Normalise, remove_self: bool) -
     n, corners = b * h * w, sum(lattice.dimension + 1 for lattice in lattices)
     offsets, inner = np.empty((n, corners), np.int32), np.empty((n, corners), np.float32)
     outer = np.empty_like(inner) if normalise == "row" else inner
-    own = np.empty((n, len(lattices) if remove_self else 0), np.float32)
+    own = np.empty((len(lattices) if remove_self else 0, n), np.float32)
     rows, corner, row = [], 0, 0
     for k, lattice in enumerate(lattices):
         norm = torch.ones(n) if normalise == "none" else lattice.norm.reshape(-1)
@@ -89,7 +91,7 @@ def join(lattices: Sequence[Lattice], normalise: Normalise, remove_self: bool) -
         lists = lattice.offsets.numpy(), lattice.weights.numpy(), before.numpy(), after.numpy(), corner, row
         run_parts(lambda _, i, j, lists=lists: place(*lists, offsets, inner, outer, i, j), n)
         if remove_self:
-            own[:, k] = own_weight(lattice, normalise).reshape(-1).numpy()
+            own[k] = own_weight(lattice, normalise).reshape(-1).numpy()
         rows.append((row, row + lattice.vertices))
         corner, row = corner + lattice.dimension + 1, row + lattice.vertices
     neighbours = [lattice.neighbours.numpy() for lattice in lattices]
@@ -105,23 +107,26 @@ class MeanField(torch.autograd.Function):
         work = _Forward(unary, matrices, joint)
         # What the backward pass computes again at a time, from the Q at its start.
         segment = math.isqrt(max(iterations - 1, 0)) + 1 if checkpoint else 1
-        before = scratch = None
-        states = []
+        states, q = [], work.shorts()
         for t in range(iterations):
-            if keep and t % segment == 0:
-                after = np.empty_like(work.unary)
-            else:
-                after = scratch = _empty(len(work.unary)) if scratch is None else scratch
-            blurred = work.step(STEP if t else START, before, after, keep=keep and not checkpoint)
-            if after is not scratch:
-                states.append((after, blurred))
-            before = after
+            after, full = q, None
+            if keep and checkpoint and t % segment == 0:
+                full = work.rows()
+            elif keep and not checkpoint:
+                after = work.shorts()
+            blurred = work.step(STEP if t else START, q, after, full, keep=keep and not checkpoint)
+            if keep and (full is not None or not checkpoint):
+                states.append((after, blurred) if full is None else full)
+            q = after
         if keep:
             ctx.save_for_backward(unary, matrices)
             ctx.work = states, joint, iterations, segment, checkpoint
-        scratch = _empty(len(before)) if scratch is None else scratch
-        out = work.end(before, scratch)
-        work.release(scratch, None if keep and not checkpoint else work.tables.blurred)
+        out = work.end(q)
+        # What has been kept for the backward pass must not be written to.
+        if keep:
+            _release(work.unary, *work.tables.work)
+        else:
+            _release(work.unary, q, work.tables.blurred, *work.tables.work)
         return out
 
     @staticmethod
@@ -131,17 +136,21 @@ class MeanField(torch.autograd.Function):
         unary, matrices = ctx.saved_tensors
         states, joint, iterations, segment, checkpoint = ctx.work
         back = _Backward(gradient, matrices, joint, learn=ctx.needs_input_grad[1])
+        again = _Forward(unary, matrices, joint) if checkpoint else None
         for i in reversed(range(len(states))):
             part = states[i : i + 1]
             if checkpoint:
-                again, q = _Forward(unary, matrices, joint), states[i][0]
-                part = [(q, again.step(RESUME, q, q, keep=True))]
-                for _ in range(min(segment, iterations - i * segment) - 1):
-                    after = np.empty_like(q)
-                    part.append((after, again.step(STEP, part[-1][0], after, keep=True)))
+                part, mode, q = [], RESUME, None
+                for _ in range(min(segment, iterations - i * segment)):
+                    after = again.shorts()
+                    full = states[i] if mode == RESUME else None
+                    blurred = again.step(mode, after if q is None else q, after, full, keep=True)
+                    part.append((after, blurred))
+                    mode, q = STEP, after
             while part:
                 back.step(*part.pop(), last=i == 0 and not part)
-        return back.unary(), back.matrices(), None, None, None, None
+        _release(back.g, back.sums, back.tables.blurred, *back.tables.work)
+        return back.unary, back.matrices(), None, None, None, None
 
 
 class _Tables:
@@ -153,13 +162,15 @@ class _Tables:
         self.splat = [_empty(self.size) for _ in range(torch.get_num_threads())]
         for table in self.splat:
             table[:] = 0
-        self.spare, self.result = _empty(self.size), _empty(self.size)
-        self.blurred = None
+        # After the rows there is room for columns of matrices.
+        self.spare, self.result = _empty(self.size), _empty(self.size + len(joint.rows) * self.width**2)
+        self.work = *self.splat, self.spare, self.result
+        self.blurred = None  # where nobody keeps it
 
     def blur(self, *, keep: bool = False, reverse: bool = False) -> np.ndarray:
         """The rows after all blurs, with `keep` in an array of their own. Overwrites splat[0]."""
         if keep or self.blurred is None:
-            self.blurred = np.empty(self.size, np.float32) if keep else _empty(self.size)
+            self.blurred = _empty(self.size)
         blurred = self.blurred
         for i in range(max(map(len, self.joint.neighbours))):
             source, other = (self.splat[0], self.spare) if i % 2 == 0 else (self.spare, self.splat[0])
@@ -204,10 +215,17 @@ class _Matrices:
         self.a = diagonal.mean(1) - self.b
         rest = m - self.a[:, None, None] * np.eye(c, dtype=np.float32) - self.b[:, None, None]
         rest[np.abs(rest).max((1, 2)) <= 1e-6 * np.abs(m).max((1, 2))] = 0
-        self.reach = np.abs(rest).max((1, 2))
+        reach = np.abs(rest).max((1, 2))
         self.simple = None if rest.any() else (self.a, self.b)
-        self.columns, self.rest = self._padded(-m.transpose(0, 2, 1)), self._padded(-rest.transpose(0, 2, 1))
-        self.rows, self.rest_rows = self._padded(-m), self._padded(-rest)
+        self.columns, self.rows, whole = (
+            self._padded(-m.transpose(0, 2, 1)),
+            self._padded(-m),
+            m - self.b[:, None, None],
+        )
+        parts = -rest.transpose(0, 2, 1), -rest, whole.transpose(0, 2, 1)
+        rest_columns, rest_rows, self.whole = (self._padded(part).reshape(-1) for part in parts)
+        # What a sweep takes
+        self.lists = self.a, self.b, reach, rest_columns, rest_rows, np.abs(whole).max((1, 2)), self.whole
 
     def _padded(self, m: np.ndarray) -> np.ndarray:
         return np.pad(m, ((0, 0), (0, self.width - m.shape[1]), (0, self.width - m.shape[2])))
@@ -215,41 +233,43 @@ class _Matrices:
 
 class _Forward:
     def __init__(self, unary: Tensor, matrices: Tensor, joint: Joint):
-        self.joint, self.shape = joint, unary.shape
+        self.joint, self.shape, self.planes = joint, unary.shape, _planes(unary)
         self.tables = _Tables(joint, unary.shape[1])
         self.m = _Matrices(matrices, self.tables.width)
-        self.unary = _rows(unary, joint, -math.inf)
+        self.tables.result[self.tables.size :] = self.m.whole
+        self.unary, self.none = self.rows(), np.empty(0, np.float32)
 
-    def _sweep(self, mode: int, before: np.ndarray, after: np.ndarray) -> None:
+    def rows(self) -> np.ndarray:
+        return _empty(math.prod(self.joint.size) * self.tables.width)
+
+    def shorts(self) -> np.ndarray:
+        return _empty(math.prod(self.joint.size) * self.tables.width, np.uint16)
+
+    def _sweep(self, mode: int, planes: np.ndarray, before: np.ndarray, after: np.ndarray, full: np.ndarray) -> None:
         joint, tables, m = self.joint, self.tables, self.m
 
         def part(thread, start, stop):
-            sweep(
-                *(mode, self.unary, before, after, tables.result, tables.splat[thread], self.shape[1]),
-                *(joint.offsets, joint.inner, joint.outer, joint.corners, joint.own),
-                *(m.a, m.b, m.rest.reshape(-1), m.reach, start, stop),
-            )
+            arrays = planes, full, self.unary, before, after, tables.result, joint.rows[-1][1], tables.splat[thread]
+            sweep(mode, *arrays, self.shape[1], joint.lists, m.lists, start, stop)
 
         joint.points(part)
 
-    def step(self, mode: int, before: np.ndarray | None, after: np.ndarray, *, keep: bool) -> np.ndarray:
-        """To the next Q, `after`, from the one before and its messages, and to the messages of the next. Returns the
-        blurred rows, in an array of their own with `keep`."""
-        self._sweep(mode, after if before is None else before, after)
+    def step(
+        self, mode: int, before: np.ndarray, after: np.ndarray, full: np.ndarray | None, *, keep: bool
+    ) -> np.ndarray:
+        """To the next Q, `after`, from the one before and its messages, and to the messages of the next. `full` is what
+        to RESUME from, else the next Q once more. Returns the blurred rows, in an array of their own with `keep`."""
+        self._sweep(mode, self.planes, before, after, self.none if full is None else full)
         self.tables.collect()
         blurred = self.tables.blur(keep=keep)
         self.tables.multiply(self.m.columns, self.m.simple)
         return blurred
 
-    def end(self, before: np.ndarray, after: np.ndarray) -> Tensor:
-        """The logits. `after` is overwritten."""
-        self._sweep(END, before, after)
-        return _image(after, self.shape, self.joint)
-
-    def release(self, *others: np.ndarray | None) -> None:
-        """Keeps the work memory for the next call."""
-        t = self.tables
-        _release(self.unary, *t.splat, t.spare, t.result, *others)
+    def end(self, q: np.ndarray) -> Tensor:
+        """The logits."""
+        planes = np.empty(math.prod(self.shape), np.float32)
+        self._sweep(END, planes, q, q, self.none)
+        return torch.from_numpy(planes).view(self.shape)
 
 
 class _Backward:
@@ -257,33 +277,27 @@ class _Backward:
         self.joint, self.shape, self.learn = joint, gradient.shape, learn
         self.tables = _Tables(joint, gradient.shape[1])
         self.m = _Matrices(matrices, self.tables.width)
-        self.gradient = _rows(gradient, joint, 0.0)  # of the logits, then of those one iteration before, ...
-        self.sum = self.gradient.copy()
+        # The gradient of the logits, then of those one iteration before, ..., and the sum of some of them
+        points = math.prod(joint.size)
+        self.g, self.sums = (_empty(points * self.tables.width) for _ in range(2))
+        self.steps = 0
         shape = len(self.tables.splat), self.m.count, self.tables.width, self.tables.width
         self.products = np.zeros(shape, np.float32)  # of each thread; of each M the transposed gradient
-        self._sweep(RESUME, self.gradient)
+        self.mean = 0.0
+        self.mean = sum(self._sweep(RESUME, _planes(gradient), _empty(0, np.uint16))) / points
 
-    def _sweep(self, mode: int, q: np.ndarray) -> None:
+    def _sweep(self, mode: int, planes: np.ndarray, q: np.ndarray) -> list:
         joint, tables, m = self.joint, self.tables, self.m
+        old, earlier = self.steps % 2 == 1, self.steps > 1
+        # So that no gradient at all divides by something
+        mean = np.float32(max(self.mean, 1e-30))
 
         def part(thread, start, stop):
-            sweep_back(
-                *(mode, self.gradient, self.sum, q, tables.result, tables.splat[thread], self.shape[1]),
-                *(joint.offsets, joint.inner, joint.outer, joint.corners, joint.own),
-                *(
-                    m.a,
-                    m.b,
-                    m.rest.reshape(-1),
-                    m.rest_rows.reshape(-1),
-                    m.reach,
-                    self.learn,
-                    self.products[thread].reshape(-1),
-                    start,
-                    stop,
-                ),
-            )
+            arrays = q, tables.result, tables.splat[thread]
+            where = self.shape[1], joint.lists, m.lists, self.learn, self.products[thread].reshape(-1), start, stop
+            return sweep_back(mode, planes, self.g, self.sums, old, earlier, mean, *arrays, *where)
 
-        joint.points(part)
+        return joint.points(part)
 
     def step(self, q: np.ndarray, blurred: np.ndarray, last: bool) -> None:
         """From the gradient of the logits to that of the logits before, whose softmax is `q`."""
@@ -297,45 +311,38 @@ class _Backward:
             self.joint.spread(part)
         tables.blur(reverse=True)
         tables.multiply(self.m.rows, self.m.simple)
-        self._sweep(END if last else STEP, q)
-
-    def unary(self) -> Tensor:
-        return _image(self.sum, self.shape, self.joint)
+        self.steps += 1
+        planes = np.empty(math.prod(self.shape) if last else 0, np.float32)
+        self._sweep(END if last else STEP, planes, q)
+        if last:
+            self.unary = torch.from_numpy(planes).view(self.shape)
 
     def matrices(self) -> Tensor | None:
         c = self.shape[1]
         return torch.from_numpy(self.products.sum(0)[:, :c, :c].transpose(0, 2, 1).copy()) if self.learn else None
 
 
-_kept: list[np.ndarray] = []  # the work memory of the last call: fresh pages cost a tenth of an inference
+def _planes(values: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(values.detach().reshape(-1).numpy())
 
 
-def _empty(size: int) -> np.ndarray:
+_kept: list[np.ndarray] = []  # the work memory of the last call: fresh pages cost time
+
+
+def _empty(size: int, dtype: type = np.float32) -> np.ndarray:
+    """An array that begins with a line of the cache, so that no vector lies on two."""
+    n = size * np.dtype(dtype).itemsize
     for i, array in enumerate(_kept):
-        if len(array) == size:
+        if array.nbytes == n:
             with contextlib.suppress(IndexError):  # where another thread was faster
                 taken = _kept.pop(i)
-                if len(taken) == size:
-                    return taken
-    return np.empty(size, np.float32)
+                if taken.nbytes == n:
+                    return taken.view(dtype)
+    raw = np.empty(n + 64, np.uint8)
+    begin = -raw.ctypes.data % 64
+    return raw[begin : begin + n].view(dtype)
 
 
 def _release(*arrays: np.ndarray | None) -> None:
+    """Keeps the work memory for the next call."""
     _kept[:] = [array for array in arrays if array is not None]
-
-
-def _rows(values: Tensor, joint: Joint, padding: float) -> Float32[np.ndarray, "_"]:
-    """b c h w as rows of channels."""
-    b, c, h, w = values.shape
-    array = np.ascontiguousarray(values.detach().reshape(b, c, h * w).numpy())
-    out = _empty(b * h * w * (-(-c // LANES) * LANES))
-    joint.points(lambda _, start, stop: to_rows(array, np.float32(padding), out, start, stop))
-    return out
-
-
-def _image(rows: np.ndarray, shape: torch.Size, joint: Joint) -> Tensor:
-    """Rows of channels as b c h w."""
-    b, c, h, w = shape
-    out = np.empty((b, c, h * w), np.float32)
-    joint.points(lambda _, start, stop: from_rows(rows, out, start, stop))
-    return torch.from_numpy(out).view(shape)

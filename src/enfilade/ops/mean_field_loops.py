@@ -1,6 +1,8 @@
 """The compiled loops of `ops.mean_field`: sweeps over tiles of points, products and sums over rows of vertices.
 
-Rows are of channels, padded to whole vectors (`ops.vectors`); `start` and `stop` are a thread's share.
+Rows are of channels, padded to whole vectors (`ops.vectors`); `start` and `stop` are a thread's share. A sweep makes
+several passes over the rows of a tile, in the first-level cache: each has no chain of dependent instructions longer
+than the processor can see past.
 """
 
 from typing import no_type_check
@@ -10,62 +12,66 @@ from numba import njit
 
 from enfilade.ops.vectors import (
     LANES,
-    above,
     add,
     at,
+    count_bits,
     exp,
     fill,
     highest,
     larger,
     load,
+    load_short,
     lowest_bit,
     madd,
     mul,
+    short_above,
+    short_at,
+    size,
     store,
+    store_short,
     sub,
     total,
+    turn,
 )
 
-TILE = 64  # points
+TILE = 128  # points
+FEW = 12  # one label in so many is dealt with by itself, more by products of matrices
 START, RESUME, STEP, END = range(4)  # sweeps: Q from the unary; the given Q; Q from the messages; logits from them
 # What a point's message to itself leaves out, for a label: of a logit, where the lattice's own error is some hundredths
-# and more, and in the backward pass of the gradient of the point's logits.
+# and more; in the backward pass, as a share of the mean gradient at a point, of a logit and of what is summed over all
+# points to the gradient of the matrices.
 NEGLIGIBLE = 1e-3
-NEGLIGIBLE_SHARE = 1e-4
+NEGLIGIBLE_SHARE, NEGLIGIBLE_PRODUCT = 1e-4, 1e-5
 
 
 @njit(cache=True, nogil=True)
 @no_type_check
-def to_rows(values, padding, rows, start, stop):
-    channels, p = values.shape[1:]
-    width = (channels + LANES - 1) // LANES * LANES
-    while start < stop:
-        image = start // p
-        count = min(4 * TILE, stop - start, (image + 1) * p - start)
-        source = values[image, :, start - image * p : start - image * p + count]
-        target = rows[start * width : (start + count) * width].reshape(count, width)
-        for c in range(0, channels, LANES):
-            for i in range(count):
-                for k in range(c, min(c + LANES, channels)):
-                    target[i, k] = source[k, i]
-        target[:, channels:] = padding
-        start += count
+def _transpose(source, i, step, target, j, width, rows, columns):
+    """target[j + width * r + c] = source[i + step * c + r] for r below rows, c below columns."""
+    full_rows, full_columns = rows // LANES * LANES, columns // LANES * LANES
+    for r in range(0, full_rows, LANES):
+        for c in range(0, full_columns, LANES):
+            turn(source, i + step * c + r, step, target, j + width * r + c, width)
+    for r in range(rows):
+        for c in range(full_columns if r < full_rows else 0, columns):
+            target[j + width * r + c] = source[i + step * c + r]
 
 
 @njit(cache=True, nogil=True)
 @no_type_check
-def from_rows(rows, values, start, stop):
-    channels, p = values.shape[1:]
-    width = (channels + LANES - 1) // LANES * LANES
-    while start < stop:
-        image = start // p
-        count = min(4 * TILE, stop - start, (image + 1) * p - start)
-        source = rows[start * width : (start + count) * width].reshape(count, width)
-        for c in range(channels):
-            target = values[image, c, start - image * p : start - image * p + count]
-            for i in range(count):
-                target[i] = source[i, c]
-        start += count
+def _from_planes(planes, channels, p, width, start, count, padding, tile):
+    """Points start.. of an image, b c p, as rows of the tile."""
+    first = start // p * p * channels + start % p
+    _transpose(planes, first, p, tile, 0, width, count, channels)
+    if channels < width:
+        for i in range(count):
+            tile[i * width + channels : (i + 1) * width] = padding
+
+
+@njit(cache=True, nogil=True)
+@no_type_check
+def _to_planes(tile, channels, p, width, start, count, planes):
+    _transpose(tile, 0, width, planes, start // p * p * channels + start % p, p, channels, count)
 
 
 @njit(cache=True, nogil=True)
@@ -89,17 +95,27 @@ def move(target, source, start, stop):
 
 @njit(cache=True, nogil=True)
 @no_type_check
-def _gather(table, width, offsets, weights, corners, start, count, tile):
-    """Adds to the rows of the tile what points start.. slice from the table. Five vectors at a time keep the sums in
-    registers and the arithmetic busy."""
+def _gather(table, width, offsets, weights, corners, start, count, base, ahead, equal, own, tile):
+    """The rows of the tile: rows of `base` from `ahead` on, a number `equal` for each point, what points start.. slice
+    from the table, and their own messages. Five vectors at a time keep the sums in registers and the arithmetic busy.
+    """
+    own_rows, own_weights, own_ends = own
     for i in range(count):
-        o, j = (start + i) * corners, i * width
+        o, j, same = (start + i) * corners, i * width, fill(at(equal, i))
+        own_start, own_end = at(own_ends, i), at(own_ends, i + 1)
         end, back = j + width, j
         while j + 5 * LANES <= end:
-            a0, a1, a2 = load(tile, j), load(tile, j + LANES), load(tile, j + 2 * LANES)
-            a3, a4 = load(tile, j + 3 * LANES), load(tile, j + 4 * LANES)
+            a0, a1 = add(load(base, ahead + j), same), add(load(base, ahead + j + LANES), same)
+            a2, a3 = add(load(base, ahead + j + 2 * LANES), same), add(load(base, ahead + j + 3 * LANES), same)
+            a4 = add(load(base, ahead + j + 4 * LANES), same)
             for k in range(o, o + corners):
                 row, weight = at(offsets, k) * width + (j - back), at(weights, k)
+                a0, a1 = madd(a0, weight, load(table, row)), madd(a1, weight, load(table, row + LANES))
+                a2 = madd(a2, weight, load(table, row + 2 * LANES))
+                a3 = madd(a3, weight, load(table, row + 3 * LANES))
+                a4 = madd(a4, weight, load(table, row + 4 * LANES))
+            for k in range(own_start, own_end):
+                row, weight = at(own_rows, k) * width + (j - back), at(own_weights, k)
                 a0, a1 = madd(a0, weight, load(table, row)), madd(a1, weight, load(table, row + LANES))
                 a2 = madd(a2, weight, load(table, row + 2 * LANES))
                 a3 = madd(a3, weight, load(table, row + 3 * LANES))
@@ -110,54 +126,65 @@ def _gather(table, width, offsets, weights, corners, start, count, tile):
             store(tile, j + 3 * LANES, a3)
             store(tile, j + 4 * LANES, a4)
             j += 5 * LANES
-        while j + 2 * LANES <= end:
-            a0, a1 = load(tile, j), load(tile, j + LANES)
-            for k in range(o, o + corners):
-                row, weight = at(offsets, k) * width + (j - back), at(weights, k)
-                a0, a1 = madd(a0, weight, load(table, row)), madd(a1, weight, load(table, row + LANES))
-            store(tile, j, a0)
-            store(tile, j + LANES, a1)
-            j += 2 * LANES
-        if j < end:
-            a0 = load(tile, j)
+        while j < end:
+            a0 = add(load(base, ahead + j), same)
             for k in range(o, o + corners):
                 a0 = madd(a0, at(weights, k), load(table, at(offsets, k) * width + (j - back)))
+            for k in range(own_start, own_end):
+                a0 = madd(a0, at(own_weights, k), load(table, at(own_rows, k) * width + (j - back)))
             store(tile, j, a0)
+            j += LANES
 
 
 @njit(cache=True, nogil=True)
 @no_type_check
 def _scatter(tile, width, offsets, weights, corners, start, count, table):
-    """Splats the rows of the tile."""
+    """Splats the rows of the tile, five vectors at a time like `_gather`."""
     for i in range(count):
-        o = (start + i) * corners
-        for k in range(o, o + corners):
-            row, weight = at(offsets, k) * width, at(weights, k)
-            for j in range(i * width, (i + 1) * width, LANES):
-                store(table, row, madd(load(table, row), weight, load(tile, j)))
-                row += LANES
+        o, j = (start + i) * corners, i * width
+        end, back = j + width, j
+        while j + 5 * LANES <= end:
+            a0, a1, a2 = load(tile, j), load(tile, j + LANES), load(tile, j + 2 * LANES)
+            a3, a4 = load(tile, j + 3 * LANES), load(tile, j + 4 * LANES)
+            for k in range(o, o + corners):
+                r0, weight = at(offsets, k) * width + (j - back), at(weights, k)
+                r1, r2, r3, r4 = r0 + LANES, r0 + 2 * LANES, r0 + 3 * LANES, r0 + 4 * LANES
+                store(table, r0, madd(load(table, r0), weight, a0))
+                store(table, r1, madd(load(table, r1), weight, a1))
+                store(table, r2, madd(load(table, r2), weight, a2))
+                store(table, r3, madd(load(table, r3), weight, a3))
+                store(table, r4, madd(load(table, r4), weight, a4))
+            j += 5 * LANES
+        while j < end:
+            a0 = load(tile, j)
+            for k in range(o, o + corners):
+                row = at(offsets, k) * width + (j - back)
+                store(table, row, madd(load(table, row), at(weights, k), a0))
+            j += LANES
 
 
 @njit(cache=True, nogil=True)
 @no_type_check
-def _softmax(tile, width, count, rows, start):
-    """The rows of the tile, in place, and rows start.. of the others."""
+def _softmax(tile, width, count, shares, shorts, start):
+    """The rows of the tile, in place, and in 16 bits rows start.. of the others. `shares` is room for the points."""
     for i in range(count):
-        first, end = i * width, (i + 1) * width
-        ahead = start * width
-        top = load(tile, first)
-        for j in range(first + LANES, end, LANES):
+        top = load(tile, i * width)
+        for j in range(i * width + LANES, (i + 1) * width, LANES):
             top = larger(top, load(tile, j))
-        top, sums = fill(highest(top)), fill(np.float32(0))
-        for j in range(first, end, LANES):
+        shares[i] = highest(top)
+    for i in range(count):
+        top, sums = fill(shares[i]), fill(np.float32(0))
+        for j in range(i * width, (i + 1) * width, LANES):
             e = exp(sub(load(tile, j), top))
             store(tile, j, e)
             sums = add(sums, e)
-        share = fill(np.float32(1) / total(sums))
-        for j in range(first, end, LANES):
+        shares[i] = np.float32(1) / total(sums)
+    for i in range(count):
+        share = fill(shares[i])
+        for j in range(i * width, (i + 1) * width, LANES):
             e = mul(load(tile, j), share)
             store(tile, j, e)
-            store(rows, ahead + j, e)
+            store_short(shorts, start * width + j, e)
 
 
 @njit(cache=True, nogil=True)
@@ -226,174 +253,196 @@ def correlate(first, second, width, start, stop, products):
 
 @njit(cache=True, nogil=True)
 @no_type_check
-def _labels(q, point, first, width, bound):
-    """Bit i is set where label first + i, of up to 64, has a q above the bound at a point."""
-    bits = 0
-    for c in range(first, min(first + 64, width), LANES):
-        bits |= above(load(q, point + c), bound) << (c - first)
-    return bits
-
-
-@njit(cache=True, nogil=True)
-@no_type_check
-def _spread(q, width, start, count, own, reach, least, negligible):
-    """How many labels a point of the tile has whose message to itself counts, by every eighth point: few once Q has
-    made up its mind, and then they are taken one by one; else matrices are multiplied."""
-    labels, points = 0, 0
-    for i in range(start, start + count, 8):
-        points += 1
-        most = np.float32(0)
-        for k in range(own.shape[1]):
-            most = max(most, own[i, k] * max(reach[k], least))
-        if most > negligible:
-            for c in range(0, width, 64):
-                bits = _labels(q, i * width, c, width, np.float32(negligible) / most)
-                while bits:
-                    labels += 1
-                    bits &= bits - 1
-    return labels / points
-
-
-@njit(cache=True, nogil=True)
-@no_type_check
-def _scaled(rows, width, start, count, own, k, sign, out):
-    """The rows of points start.. times sign * own_k."""
+def _combined(own, start, count, factors, out):
+    """sum_k own_k factors_k of points start.."""
     for i in range(count):
-        factor = fill(sign * own[start + i, k])
+        out[i] = 0
+    for k in range(len(own)):
+        row, factor = own[k, start : start + count], factors[k]
+        for i in range(count):
+            out[i] += factor * row[i]
+
+
+@njit(cache=True, nogil=True)
+@no_type_check
+def _mark(q, width, start, count, heft, marks):
+    """The labels of points start.. whose message to themselves counts, q * heft > 1, as bits; returns their number.
+    They are few once Q has made up its mind."""
+    words, number = (width + 63) // 64, 0
+    bounds = np.empty(LANES, np.uint16)
+    for i in range(count):
+        weight = at(heft, i)
+        if weight > 1:
+            store_short(bounds, 0, fill(np.float32(1) / weight))
+        for word in range(words):
+            bits, first = 0, (start + i) * width + word * 64
+            if weight > 1:
+                for c in range(0, min(64, width - word * 64), LANES):
+                    bits |= short_above(q, first + c, at(bounds, 0)) << c
+                number += count_bits(bits)
+            marks[i * words + word] = bits
+    return number
+
+
+@njit(cache=True, nogil=True)
+@no_type_check
+def _weighted(rows, first, width, count, start, own, k, out):
+    """-own_k times rows that begin at `first`, of points start.."""
+    for i in range(count):
+        factor = fill(-own[k, start + i])
         for j in range(i * width, (i + 1) * width, LANES):
-            store(out, j, mul(factor, load(rows, start * width + j)))
+            store(out, j, mul(factor, load(rows, first + j)))
 
 
 @njit(cache=True, nogil=True)
 @no_type_check
-def _return_own(tile, width, count, q, start, own, a, b, rest, reach, room, more):
-    """Adds own_k M_k q to the logits in the tile, for what sum_j K_ij Q_j holds of Q_i. `rest` is negative."""
+def _buffers(width, kernels):
+    """Of a thread: four tiles; two numbers, bits and an end for each point; rows and weights of messages to oneself."""
+    tiles = np.empty(TILE * width, np.float32), np.empty(TILE * width, np.float32)
+    tiles = *tiles, np.empty(TILE * width, np.float32), np.empty(TILE * width, np.float32)
+    numbers = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
+    marks, ends = np.zeros(TILE * ((width + 63) // 64), np.int64), np.zeros(TILE + 1, np.int64)
+    few = (TILE * width // FEW + 1) * kernels + 1
+    return tiles, numbers, marks, (np.empty(few, np.int32), np.empty(few, np.float32), ends)
+
+
+@njit(cache=True, nogil=True)
+@no_type_check
+def _return_own(width, count, unary, q, start, own, m, first_row, tiles, heft, marks, found):
+    """For what sum_j K_ij Q_j holds of Q_i: own_k M_k q, with M = b 1 1^T + the whole rest. Labels that count have
+    their column of it, a row of `_gather`'s table, `found`; or, if they are many, the first tile is the unary plus the
+    rest's product, and the result True."""
+    a, _, reach, rest, _, reach_whole, _ = m
+    rows, weights, ends = found
+    tile, shares, room, more = tiles
     for i in range(count):
-        first, point = i * width, (start + i) * width
-        along, all_ = np.float32(0), np.float32(0)
-        for k in range(own.shape[1]):
-            along += own[start + i, k] * a[k]
-            all_ += own[start + i, k] * b[k]
-        equal = fill(all_)
-        for j in range(0, width, LANES):
-            store(tile, first + j, madd(add(load(tile, first + j), equal), along, load(q, point + j)))
-    if _spread(q, width, start, count, own, reach, np.float32(0), NEGLIGIBLE) > width / 12:
-        for k in range(own.shape[1]):
+        heft[i] = 0
+    for k in range(len(own)):
+        counts = reach_whole[k] / np.float32(NEGLIGIBLE)
+        for i in range(count):
+            heft[i] = max(heft[i], own[k, start + i] * counts)
+    dense = _mark(q, width, start, count, heft, marks) > count * width // FEW
+    words, number = (width + 63) // 64, 0
+    for i in range(count):
+        ends[i] = number
+        for word in range(0 if dense else words):
+            bits = marks[i * words + word]
+            while bits:
+                label = word * 64 + lowest_bit(bits)
+                bits &= bits - 1
+                share = short_at(q, (start + i) * width + label)
+                for k in range(len(own)):
+                    weight = share * own[k, start + i]
+                    rows[number], weights[number] = first_row + k * width + label, weight
+                    number += weight * reach_whole[k] > NEGLIGIBLE
+    ends[count] = number
+    if dense:
+        _combined(own, start, count, a, heft)
+        for i in range(count):
+            for j in range(i * width, (i + 1) * width, LANES):
+                share = load_short(q, start * width + j)
+                store(shares, j, share)
+                store(tile, j, madd(load(unary, start * width + j), heft[i], share))
+        for k in range(len(own)):
             if reach[k]:
-                _scaled(q, width, start, count, own, k, np.float32(-1), room)
+                _weighted(shares, 0, width, count, start, own, k, room)
                 multiply(room, rest[k * width * width : (k + 1) * width * width], width, width, 0, count, more)
                 for j in range(0, count * width, LANES):
                     store(tile, j, add(load(tile, j), load(more, j)))
-        return
-    for i in range(count):
-        first, point, most = i * width, (start + i) * width, np.float32(0)
-        for k in range(own.shape[1]):
-            most = max(most, own[start + i, k] * reach[k])
-        if most <= NEGLIGIBLE:
-            continue
-        for c in range(0, width, 64):
-            bits = _labels(q, point, c, width, np.float32(NEGLIGIBLE) / most)
-            while bits:
-                label = c + lowest_bit(bits)
-                bits &= bits - 1
-                for k in range(own.shape[1]):
-                    factor, column = -own[start + i, k] * at(q, point + label), (k * width + label) * width
-                    for j in range(0, width, LANES):
-                        store(tile, first + j, madd(load(tile, first + j), factor, load(rest, column + j)))
+    return dense
 
 
 @njit(cache=True, nogil=True)
 @no_type_check
-def _return_own_back(tile, width, count, g, q, start, own, a, b, rest, rest_rows, reach, learn, products, room, more):
-    """The transposed `_return_own`: from the gradient g of the logits to that of Q, in the tile, and of the M."""
-    least = np.float32(1) if learn else np.float32(0)
+def _return_own_back(width, count, g, q, start, own, m, mean, learn, products, tiles, numbers, marks):
+    """The transposed `_return_own`: from the gradient g of the logits to that of Q, in the first tile, and of the M;
+    the second holds q. `mean` is the sum of |g| over a point's logits, on average over the points."""
+    a, b, reach, _, rest_rows, reach_whole, whole = m
+    tile, shares, room, more = tiles
+    heft, sizes = numbers
+    words, ahead = (width + 63) // 64, start * width
+    _combined(own, start, count, b, heft)
     for i in range(count):
-        first, point = i * width, (start + i) * width
-        along, all_ = np.float32(0), np.float32(0)
-        for k in range(own.shape[1]):
-            along += own[start + i, k] * a[k]
-            all_ += own[start + i, k] * b[k]
-        sums = fill(np.float32(0))
-        for j in range(point, point + width, LANES):
-            sums = add(sums, load(g, j))
-        equal = fill(all_ * total(sums))
-        for j in range(0, width, LANES):
-            store(tile, first + j, madd(add(load(tile, first + j), equal), along, load(g, point + j)))
-    if _spread(q, width, start, count, own, reach, least, NEGLIGIBLE_SHARE) > width / 4:
-        for k in range(own.shape[1]):
-            square = slice(k * width * width, (k + 1) * width * width)
-            _scaled(g, width, start, count, own, k, np.float32(-1), room)
+        sums, spread = fill(np.float32(0)), fill(np.float32(0))
+        for j in range(ahead + i * width, ahead + (i + 1) * width, LANES):
+            sums, spread = add(sums, load(g, j)), add(spread, size(load(g, j)))
+        sizes[i] = total(spread)
+        equal = fill(at(heft, i) * total(sums))
+        for j in range(i * width, (i + 1) * width, LANES):
+            store(tile, j, equal)
+    for k in range(len(own)):
+        square = slice(k * width * width, (k + 1) * width * width)
+        # The larger of what counts for Q and what counts for M
+        counts = max(reach_whole[k] / np.float32(NEGLIGIBLE_SHARE), np.float32(learn / NEGLIGIBLE_PRODUCT)) / mean
+        for i in range(count):
+            heft[i] = own[k, start + i] * sizes[i] * counts
+        number = _mark(q, width, start, count, heft, marks)
+        if number > count * width // FEW:
             if learn:
-                correlate(q[start * width : (start + count) * width], room, width, 0, count, products[square])
+                _weighted(shares, 0, width, count, start, own, k, room)
+                correlate(room, g[ahead : ahead + count * width], width, 0, count, products[square])
+            _weighted(g, ahead, width, count, start, own, k, room)
+            for j in range(0, count * width, LANES):
+                store(tile, j, madd(load(tile, j), -a[k], load(room, j)))
             if reach[k]:
                 multiply(room, rest_rows[square], width, width, 0, count, more)
                 for j in range(0, count * width, LANES):
                     store(tile, j, add(load(tile, j), load(more, j)))
-        return
-    for i in range(count):
-        first, point, most = i * width, (start + i) * width, np.float32(0)
-        for k in range(own.shape[1]):
-            most = max(most, own[start + i, k] * max(reach[k], least))
-        if most <= NEGLIGIBLE_SHARE:
-            continue
-        for c in range(0, width, 64):
-            bits = _labels(q, point, c, width, np.float32(NEGLIGIBLE_SHARE) / most)
-            while bits:
-                label = c + lowest_bit(bits)
-                bits &= bits - 1
-                for k in range(own.shape[1]):
-                    column, weight = (k * width + label) * width, own[start + i, k]
-                    if reach[k]:
-                        sums = fill(np.float32(0))
+        elif number:
+            for i in range(count):
+                for word in range(words):
+                    bits = marks[i * words + word]
+                    while bits:
+                        label = word * 64 + lowest_bit(bits)
+                        bits &= bits - 1
+                        weight, factor = own[k, start + i], own[k, start + i] * at(shares, i * width + label)
+                        row, point, sums = (k * width + label) * width, ahead + i * width, fill(np.float32(0))
                         for j in range(0, width, LANES):
-                            sums = add(sums, mul(load(rest, column + j), load(g, point + j)))
-                        tile[first + label] -= weight * total(sums)
-                    if learn:
-                        factor = weight * at(q, point + label)
-                        for j in range(0, width, LANES):
-                            store(products, column + j, madd(load(products, column + j), factor, load(g, point + j)))
+                            sums = add(sums, mul(load(whole, row + j), load(g, point + j)))
+                        tile[i * width + label] += weight * total(sums)
+                        if learn:
+                            for j in range(0, width, LANES):
+                                step = madd(load(products, row + j), factor, load(g, point + j))
+                                store(products, row + j, step)
 
 
 @njit(cache=True, nogil=True)
 @no_type_check
-def sweep(
-    mode,
-    unary,
-    before,
-    after,
-    table,
-    target,
-    channels,
-    offsets,
-    inner,
-    outer,
-    corners,
-    own,
-    a,
-    b,
-    rest,
-    reach,
-    start,
-    stop,
-):
+def sweep(mode, planes, full, unary, before, after, table, first_row, target, channels, points, m, start, stop):
+    """From the messages in the table, or the `unary` in `planes`, to the next Q, `after` and splatted onto the target;
+    at the END to logits in `planes`. `before` and `after` hold Q in 16 bits, and `full`, unless empty, in 32. From
+    `first_row` on the table has the columns of the matrices."""
+    offsets, inner, outer, corners, own, p = points
     width = (channels + LANES - 1) // LANES * LANES
-    tile = np.empty(TILE * width, np.float32)
-    room, more = np.empty_like(tile), np.empty_like(tile)
+    tiles, (heft, equal), marks, found = _buffers(width, len(own))
+    tile = tiles[0]
     while start < stop:
-        count = min(TILE, stop - start)
-        source = before if mode == RESUME else unary
-        for j in range(0, count * width, LANES):
-            store(tile, j, load(source, start * width + j))
-        if mode >= STEP:  # there are messages
-            _gather(table, width, offsets, outer, corners, start, count, tile)
-            if own.shape[1]:
-                _return_own(tile, width, count, before, start, own, a, b, rest, reach, room, more)
-        if mode == END:
+        count = min(TILE, stop - start, p - start % p)
+        ahead = start * width
+        if mode <= RESUME:
+            _from_planes(planes, channels, p, width, start, count, np.float32(-np.inf), tile)
             for j in range(0, count * width, LANES):
-                store(after, start * width + j, load(tile, j))
+                store(unary, ahead + j, load(tile, j))
         else:
-            if mode != RESUME:
-                _softmax(tile, width, count, after, start)
+            dense = False
+            if len(own):
+                dense = _return_own(width, count, unary, before, start, own, m, first_row, tiles, heft, marks, found)
+                _combined(own, start, count, m[1], equal)
+            base, base_ahead = (tile, 0) if dense else (unary, ahead)
+            _gather(table, width, offsets, outer, corners, start, count, base, base_ahead, equal, found, tile)
+        if mode == END:
+            _to_planes(tile, channels, p, width, start, count, planes)
+        else:
+            if mode == RESUME:
+                for j in range(0, count * width, LANES):
+                    x = load(full, ahead + j)
+                    store(tile, j, x)
+                    store_short(after, ahead + j, x)
+            else:
+                _softmax(tile, width, count, heft, after, start)
+                if len(full):
+                    for j in range(0, count * width, LANES):
+                        store(full, ahead + j, load(tile, j))
             _scatter(tile, width, offsets, inner, corners, start, count, target)
         start += count
 
@@ -401,58 +450,66 @@ def sweep(
 @njit(cache=True, nogil=True)
 @no_type_check
 def sweep_back(
-    mode,
-    g,
-    sums,
-    q,
-    table,
-    target,
-    channels,
-    offsets,
-    inner,
-    outer,
-    corners,
-    own,
-    a,
-    b,
-    rest,
-    rest_rows,
-    reach,
-    learn,
-    products,
-    start,
-    stop,
+    mode, planes, g, sums, old, earlier, mean, q, table, target, channels, points, m, learn, products, start, stop
 ):
+    """At the RESUME from the gradient of the logits in `planes` to its rows g, splatted onto the target; returns the
+    sum of |g|. Then from the gradient of the messages in the table to that of the logits before, g again; at the END to
+    that of the unary, the sum of all g, in `planes`. What is summed so far is in `sums`, if it is `earlier` than
+    nothing, and there every other sweep adds two, its g and the `old` one."""
+    offsets, inner, outer, corners, own, p = points
     width = (channels + LANES - 1) // LANES * LANES
-    tile = np.empty(TILE * width, np.float32)
-    room, more = np.empty_like(tile), np.empty_like(tile)
+    tiles, numbers, marks, found = _buffers(width, len(own))
+    tile, shares, _, _ = tiles
+    average, zero = numbers[0], np.zeros(TILE, np.float32)
+    whole = 0.0
     while start < stop:
-        count = min(TILE, stop - start)
+        count = min(TILE, stop - start, p - start % p)
+        ahead = start * width
         if mode == RESUME:
+            _from_planes(planes, channels, p, width, start, count, np.float32(0), tile)
+            spread = fill(np.float32(0))
             for j in range(0, count * width, LANES):
-                store(tile, j, load(g, start * width + j))
+                store(g, ahead + j, load(tile, j))
+                spread = add(spread, size(load(tile, j)))
+            whole += total(spread)
         else:
-            tile[:] = 0
-            _gather(table, width, offsets, inner, corners, start, count, tile)
-            if own.shape[1]:
-                _return_own_back(
-                    tile, width, count, g, q, start, own, a, b, rest, rest_rows, reach, learn, products, room, more
-                )
-            # Softmax: the gradient of the logits is q (dq - <q, dq>).
+            for j in range(0, count * width, LANES):
+                store(shares, j, load_short(q, ahead + j))
+            if len(own):
+                _return_own_back(width, count, g, q, start, own, m, mean, learn, products, tiles, numbers, marks)
+            else:
+                tile[:] = 0
+            _gather(table, width, offsets, inner, corners, start, count, tile, 0, zero, found, tile)
+            # Softmax: the gradient of the logits is q (dq - <q, dq>), with a sum of 0 though q is rounded.
             for i in range(count):
-                first, ahead = i * width, start * width
-                mean = fill(np.float32(0))
-                for j in range(first, first + width, LANES):
-                    mean = add(mean, mul(load(q, ahead + j), load(tile, j)))
-                mean = fill(total(mean))
-                for j in range(first, first + width, LANES):
-                    x = mul(load(q, ahead + j), sub(load(tile, j), mean))
-                    store(tile, j, x)
-                    store(g, ahead + j, x)
-                    store(sums, ahead + j, add(load(sums, ahead + j), x))
+                along, all_ = fill(np.float32(0)), fill(np.float32(0))
+                for j in range(i * width, (i + 1) * width, LANES):
+                    x = load(shares, j)
+                    along, all_ = add(along, mul(x, load(tile, j))), add(all_, x)
+                average[i] = total(along) / total(all_)
+            for i in range(count):
+                mean_ = fill(at(average, i))
+                for j in range(i * width, (i + 1) * width, LANES):
+                    store(tile, j, mul(load(shares, j), sub(load(tile, j), mean_)))
         if mode != END:
             _scatter(tile, width, offsets, outer, corners, start, count, target)
+        if mode != RESUME:
+            for j in range(0, count * width, LANES):
+                x = load(tile, j)
+                if old:
+                    x = add(x, load(g, ahead + j))
+                if earlier and (old or mode == END):
+                    x = add(x, load(sums, ahead + j))
+                if mode == END:
+                    store(tile, j, x)
+                else:
+                    store(g, ahead + j, load(tile, j))
+                    if old:
+                        store(sums, ahead + j, x)
+        if mode == END:
+            _to_planes(tile, channels, p, width, start, count, planes)
         start += count
+    return whole
 
 
 @njit(cache=True, nogil=True)
