@@ -537,7 +537,7 @@ def rsn_nyuv2(weights: str | None = None) -> Recipe:
     depth = {"depth_berhu": 0.5, "depth_scale_invariant": 0.5, "depth_gradient": 0.25}
     generation = Stage(
         name="generation",
-        epochs=9,
+        epochs=6,
         losses={"support_l1_log/d1": 0.5, **{f"{term}/d1": weight for term, weight in depth.items()}},
         train=("trunk", "generation"),
         size=(256, 320),
@@ -552,14 +552,14 @@ def rsn_nyuv2(weights: str | None = None) -> Recipe:
     both = replace(
         generation,
         name="both",
-        epochs=6,
+        epochs=5,
         losses={"support_l1_log/d1": 0.3, **iterations("region_l1_log", share=0.7), **depth},
         train=("*",),
         size=(312, 416),
         zoom=(0.75, 1.5),
         lr=6e-4,
         clip={"trunk": 5.0, "generation": 5.0, "refinement": 5.0},
-        evaluate_every=2,
+        evaluate_every=5,
     )
     return rsn_row("rsn-end-to-end", weights).replace(
         name="rsn-nyuv2", stages=(generation, both), scale=0.65, focal=NYU_FOCAL * 0.65

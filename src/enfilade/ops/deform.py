@@ -69,7 +69,7 @@ def deform_conv3d(
     which at stride 1 keeps the size for odd kernels. Raises UserError where shapes do not fit together."""
     g = _geometry(x, offsets, weight, bias, stride, padding, dilation, groups, offset_groups)
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-    args = [None if t is None else t.to(kind) for t in (x, offsets, weight, bias)]
+    args = x.to(kind), offsets.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
     if x.device.type == "cpu" and kind == torch.float32:
         out = torch.ops.enfilade.deform_conv3d(*args, g.stride, g.padding, g.dilation, groups, offset_groups)
     else:
@@ -182,7 +182,7 @@ def _reference(x, offsets, weight, bias, g: Geometry, groups: int, offset_groups
     """`frugal` is for other devices: by torch's sampler, one tap's samples alive at a time, forward and backward."""
     x, weight = x.unflatten(1, (offset_groups, -1)), weight.flatten(2).unflatten(0, (groups, -1))
     offsets = offsets.unflatten(1, (offset_groups, -1, 3))
-    out = 0 if bias is None else bias[:, None, None, None]
+    out = x.new_zeros(()) if bias is None else bias[:, None, None, None]
     for t, tap in enumerate(product(*map(range, g.kernel))):
         args = x, offsets[:, :, t], weight[..., t], tap, g
         if frugal:
@@ -243,13 +243,13 @@ def _deform_conv3d_backward(gradient, x, offsets, weight, stride, padding, dilat
         first, channels = piece.channels.start, piece.channels.stop - piece.channels.start
         arrays = rows, steps, piece.offset_group, matrices, g, given, piece.outputs.start, channels, to_steps
 
-        def part(_, start, stop, arrays=arrays):
-            rows, (taps, outputs, width) = arrays[0], arrays[3].shape
+        def part(_, start, stop, rows=rows, matrices=matrices, arrays=arrays):
+            taps, outputs, width = matrices.shape
             # Zeros come from the system page by page as they are touched, and a part touches little beyond its share.
             images = (stop - 1) // n + 1 - start // n if needed[0] else 0
             to_rows = _zeros(images, *rows.shape[1:])
             to_matrices = _zeros(taps if needed[2] else 0, width, outputs + -outputs % _PAIR)
-            low, high = _backward(*arrays, to_rows, to_matrices, start, stop)
+            low, high = _backward(*arrays, to_rows, to_matrices, start, stop)  # type: ignore
             return start // n, low, high, to_rows, to_matrices
 
         for image, low, high, to_rows, to_matrices in run_parts(part, b * n):
