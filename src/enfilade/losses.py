@@ -280,7 +280,10 @@ def _depth(term) -> Term:
     return loss
 
 
-def _region(target: Literal["depth", "support"], norm: Literal["l1", "l2"], log: bool) -> Term:
+NORMS: tuple[Literal["l1", "l2"], ...] = ("l2", "l1")
+
+
+def _region(target: str, norm: Literal["l1", "l2"], log: bool) -> Term:
     def loss(output: Output, batch: Batch, weight: Weights, resize: str = "nearest") -> Tensor:
         truth, regions = present(getattr(batch, target), target), present(batch.regions, "regions")
         return depth_region(present(output.depth, "predicted depth"), truth, regions, norm, log)
@@ -305,7 +308,7 @@ TERMS: dict[str, Term] = {
     **{
         f"{kind}_{norm}{'_log' * log}": _region(target, norm, log)
         for kind, target in (("region", "depth"), ("support", "support"))
-        for norm in ("l2", "l1")
+        for norm in NORMS
         for log in (False, True)
     },
 }

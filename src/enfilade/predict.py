@@ -151,7 +151,7 @@ class Predictor:
         placed = [self._camera(image, camera, fov) for image in read]
         scales = sorted(self.augmentation.scales, reverse=True)  # the largest first: the others join its grid
         inputs = [[self.prepare(image.rgb, scale) for scale in scales] for image in read]
-        maps = [self.guidance(*x) for x in zip(read, (p[0] for p in placed), given or [{}] * len(read))]
+        maps = [self.guidance(i, p[0], own) for i, p, own in zip(read, placed, given or [{}] * len(read))]
         more = tuple(maps[0]) if maps else ()
         for seen, (own_camera, _), own in zip(inputs, placed, maps):
             planes = [[self.plane(name, own[name], own_camera, scale) for name in more] for scale in scales]

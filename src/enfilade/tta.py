@@ -210,8 +210,8 @@ def slide(
                     sums[name] = _Sum(answer, len(image), tops, lefts, window)
                 sums[name].add(answer, some)
     means = {name: total.within(height, width) for name, total in sums.items()}
-    maps = {name: mean if name == "logits" else mean[:, 0] for name, mean in means.items()}
-    return Output(**maps)
+    depth, spread = (means[name][:, 0] if name in means else None for name in ("depth", "depth_spread"))
+    return Output(logits=means.get("logits"), depth=depth, depth_spread=spread)
 
 
 class _Sum:

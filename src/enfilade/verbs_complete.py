@@ -64,8 +64,8 @@ class Complete:
         if self.camera is not None:
             numbers = read_camera(Path(self.camera))
             w, h = int(numbers.get("width", width)), int(numbers.get("height", height))
-            middle = {"fy": numbers["fx"], "cx": (w - 1) / 2, "cy": (h - 1) / 2} | numbers
-            camera = Camera(*(float(middle[k]) for k in ("fx", "fy", "cx", "cy")), w, h)
+            whole = {"fy": numbers["fx"], "cx": (w - 1) / 2, "cy": (h - 1) / 2} | numbers
+            camera = Camera(float(whole["fx"]), float(whole["fy"]), float(whole["cx"]), float(whole["cy"]), w, h)
         depth = None if self.depth is None else read_depth(self.depth, unit=self.unit)
         gravity = self.gravity
         if self.pose is not None:

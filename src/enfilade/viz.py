@@ -381,13 +381,13 @@ def comparison(
     pictures, bars = [], []
     for sample, prediction in rows:
         row, bar = [as_uint8(sample.image)], None
-        if with_labels:
-            row += [space.colourise(prediction.labels), space.colourise(sample.labels)]
-            row.append(mistakes(prediction.labels, sample.labels))
-        if with_depth:
-            near, far = depth_range(sample.depth)
-            row += [colour_depth(d, near, far) for d in (prediction.depth, sample.depth)]
-            row.append(error_map(prediction.depth, sample.depth))
+        found, labels = prediction.labels, sample.labels
+        if with_labels and found is not None and labels is not None:
+            row += [space.colourise(found), space.colourise(labels), mistakes(found, labels)]
+        metres, depth = prediction.depth, sample.depth
+        if with_depth and metres is not None and depth is not None:
+            near, far = depth_range(depth)
+            row += [colour_depth(metres, near, far), colour_depth(depth, near, far), error_map(metres, depth)]
             bar = depth_bar(near, far, 3 * width)
         pictures.append(row)
         bars.append(bar)

@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,8 +52,8 @@ class PyramidUnit(nn.Module):
         size = x.shape[-2:]
         levels = []
         for scale, top in zip(SCALES, self.tops):
-            cells = tuple(max(1, -(-side * self.stride // scale)) for side in size)
-            pooled = x if scale <= self.stride else F.adaptive_avg_pool2d(x, cells)
+            rows, columns = (max(1, -(-side * self.stride // scale)) for side in size)
+            pooled = x if scale <= self.stride else F.adaptive_avg_pool2d(x, (rows, columns))
             level = top(pooled)
             levels.append(level if level.shape[-2:] == size else resize(level, size))
         return torch.cat(levels, 1)
@@ -67,7 +68,7 @@ class HalfResNet(Encoder):
 
     def __init__(self, weights: str | None = None):
         super().__init__("resnet34", weights=weights)
-        net = self.net
+        net: Any = self.net
         net.conv1.stride = (1, 1)
         net.maxpool = nn.Identity()
         for module in (net.layer3[0], net.layer4[0]):
@@ -273,6 +274,7 @@ class RSN(nn.Module):
         learning = torch.is_grad_enabled() and (learns(self.trunk) or learns(self.generation))
         if self.generation is not None and (support is None or learning):
             with torch.set_grad_enabled(learning):
+                assert self.trunk is not None
                 depths.append(self.generation(*self.trunk(image)))
         guidance = depths[-1] if support is None else self.subsampled(support, padded)
         depth = guidance if support is None else filled(guidance)
@@ -280,6 +282,7 @@ class RSN(nn.Module):
             depths = depths or [depth]
         else:
             if self.numbers is not None:
+                assert labels is not None
                 void = self.numbers.num_embeddings - 1
                 known = self.subsampled(labels, padded, IGNORE)
                 guidance = METRES * self.numbers(known.where(known != IGNORE, void))[..., 0]
