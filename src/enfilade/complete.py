@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, UInt8
+from numba import njit
 from torch import nn
 
 from enfilade import images, labels
@@ -31,13 +32,15 @@ from enfilade.predict import decide
 from enfilade.types import IGNORE, LabelVolume, Output, Prediction, Sample, collate
 
 SPACE = "ssc12"
+BEHIND = 0.4  # metres behind a wall, beyond which nothing is judged
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
     """What a completion says of a frame.
 
-    `volume` holds ssc12 labels at 8 cm in the world frame (Z up): 0 is empty, 255 was not judged, being out of view.
+    `volume` holds ssc12 labels at 8 cm in the world frame (Z up): 0 is empty, 255 was not judged, being out of view or
+    behind the room's walls, of which networks learn nothing.
     `observed` are the voxels that the depth map touches; all other full ones are completed. `confidence` is the
     probability of the label. `labels` are the image's, if the network has a 2-D branch.
     """
@@ -145,15 +148,17 @@ class Completer:
         outside, free, surface = ((blocks == state).sum((1, 3, 5)) for state in (0, 1, 2))
         answer[(2 * free > factor**3) & (surface == 0)] = 0  # seen to be empty, which training leaves out
         answer[2 * outside > factor**3] = IGNORE
-        observed = np.zeros(answer.size, bool)
         seen = pixel_voxels(metres, placed, coarse, threads=threads())
-        observed[seen[seen >= 0]] = True
+        touched = np.zeros(answer.size, bool)
+        touched[seen[seen >= 0]] = True
+        observed = touched.reshape(answer.shape)
+        answer[behind_walls(answer, coarse) & ~observed] = IGNORE
         found = None
         if output.logits is not None:
-            found, _ = decide(output.logits[0].float().softmax(0).cpu().numpy(), *metres.shape)
+            found = pixels(output, *metres.shape)
         return Room(
             volume=LabelVolume(answer, coarse.origin, coarse.size),
-            observed=observed.reshape(answer.shape),
+            observed=observed,
             confidence=confidence.astype(np.float32),
             image=image.rgb,
             depth=metres,
@@ -172,6 +177,14 @@ class Completer:
         return max(32, round(height * factor)), max(32, round(width * factor))
 
 
+def pixels(output: Output, height: int, width: int) -> UInt8[np.ndarray, "h w"]:
+    """The likeliest class of each pixel of an image of that size, never "empty"."""
+    assert output.logits is not None
+    probabilities = output.logits[0].float().softmax(0).cpu().numpy()
+    probabilities[0] = 0
+    return decide(probabilities, height, width)[0]
+
+
 def describe(room: Room) -> dict[str, Any]:
     """Plain numbers and strings about a room: voxels seen and completed, litres of each class, largest first."""
     full = (room.volume.labels > 0) & (room.volume.labels != IGNORE)
@@ -188,6 +201,41 @@ def describe(room: Room) -> dict[str, Any]:
         "camera_height": float(room.grid.pose[2, 3]),
         "seconds": room.seconds,
     }
+
+
+@njit(cache=True, nogil=True)
+@no_type_check  # a checked function cannot be compiled
+def _behind(labels, structure, camera, limit, out):
+    nx, ny, nz = labels.shape
+    for i in range(nx):
+        for j in range(ny):
+            for k in range(nz):
+                if labels[i, j, k] == 0 or labels[i, j, k] == 255:
+                    continue
+                x, y, z = i + 0.5 - camera[0], j + 0.5 - camera[1], k + 0.5 - camera[2]
+                length = np.sqrt(x * x + y * y + z * z)
+                steps = int(2 * length)
+                for s in range(steps):
+                    t = s / (2 * length)
+                    a, b, c = (
+                        int(np.floor(camera[0] + t * x)),
+                        int(np.floor(camera[1] + t * y)),
+                        int(np.floor(camera[2] + t * z)),
+                    )
+                    if 0 <= a < nx and 0 <= b < ny and 0 <= c < nz and structure[labels[a, b, c]]:
+                        out[i, j, k] = (1 - t) * length > limit
+                        break
+
+
+def behind_walls(labels_: UInt8[np.ndarray, "i j k"], grid: VoxelGrid) -> Bool[np.ndarray, "i j k"]:
+    """The full voxels that lie more than 0.4 m behind the first ceiling, floor, wall or window on the straight line
+    from the camera to them. Data sets call such voxels unknown, so that networks say anything there."""
+    structure = np.zeros(256, bool)
+    structure[[labels.get(SPACE).names.index(name) for name in ("ceiling", "floor", "wall", "window")]] = True
+    camera = ((grid.pose[:3, 3] - grid.origin) / grid.size)[[0, 2, 1]]
+    out = np.zeros(labels_.shape, bool)
+    _behind(labels_, structure, camera, BEHIND / grid.size, out)
+    return out
 
 
 def raise_truth(needs) -> None:
@@ -272,10 +320,7 @@ def score(
             completion.update(answer, truth.volume, truth.scored, truth.occluded)
             if sample.labels is not None and output.logits is not None:
                 seen_labels = True
-                probabilities = output.logits[0].float().softmax(0).cpu().numpy()
-                probabilities[0] = 0  # no pixel is empty
-                found, _ = decide(probabilities, *sample.labels.shape)
-                segmentation.update(found, table[sample.labels])
+                segmentation.update(pixels(output, *sample.labels.shape), table[sample.labels])
             if on_frame is not None:
                 on_frame(i, encoded, output)
     finally:
