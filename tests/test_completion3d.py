@@ -366,3 +366,19 @@ def test_terms():
         lv.VOLUME_TERMS["volume"](Output(), data)
     with pytest.raises(UserError, match="need a sketch"):
         lv.VOLUME_TERMS["sketch"](Output(), data)
+
+
+def test_what_lies_behind_the_walls_counts_as_empty():
+    """Unknown voxels behind surfaces become empty, as many as there are labels; before surfaces they stay unknown."""
+    volume = torch.full((1, 4, 4, 8), 255)
+    volume[:, :, :, :2] = 3
+    tsdf = torch.ones(1, 1, 16, 16, 32)
+    tsdf[..., 16:] = -0.001  # the far half lies behind
+    labels = lv.with_outside(volume, volume, tsdf)
+    assert (labels[..., :2] == 3).all()
+    assert (labels[..., 2:4] == 255).all()  # in view, unknown
+    behind = labels[..., 4:]
+    assert set(behind.unique().tolist()) == {0, 255}
+    assert 12 <= (behind == 0).sum() <= 52  # 32 labels, 64 voxels: about half of them (four standard deviations)
+    none = lv.with_outside(volume, volume, tsdf.abs())
+    assert torch.equal(none, volume)  # nothing is hidden

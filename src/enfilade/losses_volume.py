@@ -92,6 +92,24 @@ def labels_of(batch: Batch, empty: Empty) -> Int64[Tensor, "b x y z"]:
     return training_labels(volume, empty=empty, scored=batch.scored, occluded=batch.occluded)
 
 
+def with_outside(
+    labels: Int64[Tensor, "b x y z"], volume: Int64[Tensor, "b x y z"], tsdf: Float[Tensor, "b 1 _x _y _z"]
+) -> Int64[Tensor, "b x y z"]:
+    """Training labels, and 0 for voxels of unknown label that are mostly behind surfaces: what lies behind the walls of
+    a rendered room is nothing, and unless it is told so, a network says anything there. As many are drawn at random as
+    there are labels already, so that they do not drown the room. Draws come from torch's global generator."""
+    hidden = F.avg_pool3d((tsdf < 0).float(), tsdf.shape[2] // volume.shape[1])[:, 0] > 0.5
+    outside = (volume == IGNORE) & hidden
+    share = (labels != IGNORE).sum() / outside.sum().clamp(min=1)
+    return labels.where(~outside | (torch.rand(volume.shape, device=volume.device) >= share), 0)
+
+
+def _volume_outside(output: Output, batch: Batch, weight=None, resize: str = "nearest") -> Tensor:
+    volume, tsdf = present(batch.volume, "label volumes"), present(batch.tsdf, "the TSDF")
+    labels = with_outside(labels_of(batch, "scored"), volume, tsdf)
+    return volume_cross_entropy(present(output.volume_logits, "volume logits"), labels)
+
+
 def _volume(empty: Empty) -> Callable[..., Tensor]:
     def loss(output: Output, batch: Batch, weight=None, resize: str = "nearest") -> Tensor:
         return volume_cross_entropy(present(output.volume_logits, "volume logits"), labels_of(batch, empty))
@@ -126,6 +144,7 @@ def _sketch_kl(output: Output, batch: Batch, weight=None, resize: str = "nearest
 # TorchSSC's weights: {"volume": 1, "sketch": 1, "sketch_prior": 1.5, "sketch_kl": 2}
 VOLUME_TERMS: dict[str, Callable[..., Tensor]] = {
     "volume": _volume("scored"),
+    "volume_outside": _volume_outside,
     "volume_known": _volume("known"),
     "volume_balanced": _volume("balanced"),
     "volume_removed": _volume("removed"),

@@ -675,6 +675,21 @@ def imenet_row(name: str, weights: str | None = None) -> Recipe:
     )
 
 
+def imenet_rooms(weights: str | None = None) -> Recipe:
+    """The shipped completion model: row A, and 500 rooms more for the voxels' branch in which what lies behind the
+    walls counts as empty, as it does in the real volumes of NYU."""
+    row = imenet_row("imenet-a", weights)
+    last = replace(
+        row.stages[1],
+        name="outside",
+        epochs=1,
+        samples=500,
+        losses={"volume_outside": 1.0, **SKETCH},
+        lr=5e-4,
+    )
+    return row.replace(name="imenet-rooms", stages=(*row.stages, last))
+
+
 def sscnet_rooms(weights: str | None = None) -> Recipe:
     """SSCNet alone, the baseline of IMENet's Table 1, at a quarter of its width with batch norm: 2 epochs, twice as
     many empty voxels as full ones.
@@ -702,6 +717,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     **{name: (lambda weights=None, name=name: rsn_row(name, weights)) for name in RSN_ROWS},
     "imenet-paper": imenet_paper,
     **{name: (lambda weights=None, name=name: imenet_row(name, weights)) for name in IMENET_ROWS},
+    "imenet-rooms": imenet_rooms,
     "sscnet-rooms": sscnet_rooms,
     "lrn-camvid": lrn_camvid,
     "lrn-paper": lrn_paper,

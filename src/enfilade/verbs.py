@@ -48,6 +48,7 @@ from enfilade.verbs_data import (
     DataVoxels,
     DataWeights,
 )
+from enfilade.verbs_serve import Serve
 
 
 @dataclass(frozen=True)
@@ -576,6 +577,7 @@ Verb = (
     | Export
     | Refine
     | Complete
+    | Serve
     | Demo
     | Info
 )
@@ -596,6 +598,7 @@ VERBS: dict[str, type[Verb]] = {
     "export": Export,
     "refine": Refine,
     "complete": Complete,
+    "serve": Serve,
     "demo": Demo,
     "info": Info,
 }
