@@ -37,6 +37,7 @@ MODELS: dict[str, str] = {
 SHIPPED: dict[str, str] = {
     "gad-nyuv2": "weights/gad-nyuv2.safetensors",
     "joint-nyuv2": "weights/joint-nyuv2.safetensors",
+    "imenet-rooms": "weights/imenet-rooms.safetensors",
     "lrn-camvid": "weights/lrn-camvid.safetensors",
 }
 

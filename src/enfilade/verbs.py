@@ -180,7 +180,7 @@ class Train:
     recipe: Annotated[Positional[str], arg(metavar="RECIPE", help_behavior_hint="")]
     """What to train; `enfilade info` lists the recipes."""
     data: Name
-    """The data set: nyuv2, camvid, sunrgbd, voc2012, frames or rooms."""
+    """The data set: nyuv2, camvid, sunrgbd, voc2012, frames, rooms, room-files or ssc."""
     out: Folder
     """Run folder: its state, models, logs and TensorBoard events."""
     root: MaybeFolder = None
@@ -245,7 +245,7 @@ class Evaluate:
     """Score a model on a data set, at the truth's own size; prints a table and writes a report."""
 
     data: Name
-    """The data set: nyuv2, camvid, sunrgbd, voc2012, frames or rooms."""
+    """The data set: nyuv2, camvid, sunrgbd, voc2012, frames, rooms, room-files or ssc."""
     model: Model = "gad-nyuv2"
     """A shipped model, a model file, or the folder of a training run."""
     root: MaybeFolder = None
@@ -395,7 +395,7 @@ class Reproduce:
     """gad-table4, gad-table5, joint-table2, joint-table3, rsn-table3, imenet-table3, imenet-fig9, lrn-table2 or
     lrn-table4."""
     data: Name
-    """The data set: nyuv2, camvid, sunrgbd, voc2012, frames or rooms."""
+    """The data set: nyuv2, camvid, sunrgbd, voc2012, frames, rooms, room-files or ssc."""
     out: Folder
     """Folder for the runs and the table."""
     root: MaybeFolder = None
