@@ -370,7 +370,7 @@ def feeds(example: Float32[np.ndarray, "b c h w"]) -> dict[str, np.ndarray]:
 
 def answers(predictor: Predictor, example: Float32[np.ndarray, "b c h w"]) -> dict[str, np.ndarray]:
     """Torch's answers by the names of the graph's outputs."""
-    output = predictor.infer(torch.from_numpy(example))
+    output = predictor.infer(torch.from_numpy(example), getattr(predictor.network, "uses", ()))
     found = {"probabilities": output.logits, "depth": output.depth}
     return {name: x.numpy() for name, x in found.items() if x is not None}
 
