@@ -247,7 +247,7 @@ class Predictor:
         the latter in metres of the canonical camera."""
         if name == "hha":
             return self.prepare(value, scale)
-        height, width = self.input_size(*value.shape, scale)
+        height, width = self.input_size(value.shape[0], value.shape[1], scale)
         rows = ((np.arange(height) + 0.5) * (value.shape[0] / height)).astype(np.int64)
         columns = ((np.arange(width) + 0.5) * (value.shape[1] / width)).astype(np.int64)
         value = value[rows[:, None], columns].astype(np.float32)

@@ -528,8 +528,8 @@ def rsn_row(name: str, weights: str | None = None) -> Recipe:
 
 
 def rsn_nyuv2(weights: str | None = None) -> Recipe:
-    """RSN with MobileNetV2, sized to ship in the package; it starts from the default model's encoder
-    (`enfilade train rsn-nyuv2 --init gad-nyuv2`), which has learned labels and depth on the same frames.
+    """RSN with MobileNetV2, sized to ship in the package (it does not: the default model measures better still); it
+    starts from that model's encoder (`enfilade train rsn-nyuv2 --init gad-nyuv2`).
 
     # Differs from paper: as `rsn_row`; both modules learn together after the generation's pre-training; absolute log
     errors, with berHu, scale-invariant and gradient terms on the answer.

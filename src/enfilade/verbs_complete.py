@@ -63,7 +63,7 @@ class Complete:
         camera = None
         if self.camera is not None:
             numbers = read_camera(Path(self.camera))
-            w, h = int(numbers.get("width", width)), int(numbers.get("height", height))
+            w, h = (int(numbers[k]) if k in numbers else side for k, side in (("width", width), ("height", height)))
             whole = {"fy": numbers["fx"], "cx": (w - 1) / 2, "cy": (h - 1) / 2} | numbers
             camera = Camera(float(whole["fx"]), float(whole["fy"]), float(whole["cx"]), float(whole["cy"]), w, h)
         depth = None if self.depth is None else read_depth(self.depth, unit=self.unit)
