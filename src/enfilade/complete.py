@@ -59,6 +59,20 @@ class Room:
     seconds: float = 0.0
 
 
+@torch.inference_mode()
+def infer(network: nn.Module, sample: Sample, device: torch.device) -> Output:
+    """A network's answer to one encoded sample (`data.volumes.encode`), in fp32.
+
+    Raises:
+        UserError: the sample lacks something that the network takes.
+    """
+    batch = collate([sample]).to(device)
+    more = {name: getattr(batch, name) for name in getattr(network, "uses", ())}
+    if missing := [name for name, value in more.items() if value is None]:
+        raise UserError(f"{sample.name} has no {missing[0]}, which this network takes: score it on other data")
+    return network(batch.image, **more)
+
+
 class Completer:
     """A completion network ready to use; `meta` is its file's header (see `checkpoint`)."""
 
@@ -72,15 +86,6 @@ class Completer:
         self.network = network.eval().to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore
         if needs := {"labels", "volume"} & set(getattr(network, "uses", ())):
             raise_truth(needs)
-
-    @torch.inference_mode()
-    def infer(self, sample: Sample) -> Output:
-        """The network's answer to one encoded sample (`data.volumes.encode`), in fp32."""
-        batch = collate([sample]).to(self.device)
-        more = {name: getattr(batch, name) for name in getattr(self.network, "uses", ())}
-        if missing := [name for name, value in more.items() if value is None]:
-            raise UserError(f"{sample.name} has no {missing[0]}, which this network takes: score it on other data")
-        return self.network(batch.image, **more)
 
     def complete(
         self,
@@ -136,7 +141,7 @@ class Completer:
         placed = Camera(camera.fx, camera.fy, camera.cx, camera.cy, camera.width, camera.height, grid.pose)
         sample = Sample(image=image.rgb, name=image.name, depth=metres, camera=placed)
         encoded = encode(sample, image_size=self.image_size(*metres.shape), space=SPACE, grid=grid, threads=threads())
-        output = self.infer(encoded)
+        output = infer(self.network, encoded, self.device)
         assert output.volume_logits is not None
         probabilities = output.volume_logits[0].float().softmax(0)
         confidence, best = (x.cpu().numpy() for x in probabilities.max(0))
@@ -287,9 +292,8 @@ def score(
     """
     from enfilade.report import progress
 
-    completer = object.__new__(Completer)  # upper bounds, too, can be scored
-    completer.device = torch.device(device or "cpu")
-    completer.network = network.eval().to(completer.device)
+    place = torch.device(device or "cpu")
+    network = network.eval().to(place)
     height, width = meta.get("size", (240, 320))
     space = labels.get(SPACE)
     kept = getattr(network, "iterations", None)
@@ -311,7 +315,7 @@ def score(
             encoded = encode(
                 sample, image_size=(int(height), int(width)), space=reader.space.name, masks=masks, threads=threads()
             )
-            output = completer.infer(encoded)
+            output = infer(network, encoded, place)
             truth = encoded.completion
             if truth is None or truth.volume is None or truth.scored is None or truth.occluded is None:
                 raise UserError(f"nothing to score: {sample.name} has no label volume")

@@ -351,7 +351,17 @@ def channels_last(network: nn.Module) -> None:
             tensor.data = tensor.data.contiguous(memory_format=formats[tensor.ndim])
 
 
-class Completion3d(nn.Module):
+class Volumetric(nn.Module):
+    """A module of images and volumes, which `to(memory_format=torch.channels_last)` turns each as its rank wants it."""
+
+    def to(self, *args, **kwargs):
+        if kwargs.get("memory_format") is torch.channels_last:
+            del kwargs["memory_format"]
+            channels_last(self)
+        return super().to(*args, **kwargs)
+
+
+class Completion3d(Volumetric):
     """A 3-D backbone on its own: the rows SSCNet and TorchSSC of IMENet's Tables 1 and 2, without its 2-D branch.
 
     Args:
@@ -391,12 +401,6 @@ class Completion3d(nn.Module):
     @property
     def parts(self) -> dict[str, list[nn.Module]]:
         return {"3d": [self.backbone]}
-
-    def to(self, *args, **kwargs):
-        if kwargs.get("memory_format") is torch.channels_last:
-            del kwargs["memory_format"]
-            channels_last(self)
-        return super().to(*args, **kwargs)
 
     def forward(
         self,

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from enfilade.errors import UserError
-from enfilade.models.completion3d import SketchNet, channels_last, complete, make_backbone
+from enfilade.models.completion3d import SketchNet, Volumetric, complete, make_backbone
 from enfilade.models.encoders import Encoder, ceil_div, covering, pad_to_multiple
 from enfilade.ops.deform import deform_conv3d
 from enfilade.ops.projection import along_rays, to_pixels, to_voxels
@@ -213,7 +213,7 @@ def depth_attention(f: Float[Tensor, "b k x y z"], product: Product = "mean") ->
 # -------------------------------------------------------------------------------------------------------- the network
 
 
-class IMENet(nn.Module):
+class IMENet(Volumetric):
     """The network of Figure 2, its ablation (Table 3) by leaving parts out, and its upper bounds.
 
     Args:
@@ -317,12 +317,6 @@ class IMENet(nn.Module):
             "dda": self.dda,
         }
         return {name: [module] for name, module in parts.items() if module is not None}
-
-    def to(self, *args, **kwargs):
-        if kwargs.get("memory_format") is torch.channels_last:
-            del kwargs["memory_format"]
-            channels_last(self)
-        return super().to(*args, **kwargs)
 
     def forward(
         self,
