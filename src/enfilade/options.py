@@ -84,6 +84,17 @@ def read_camera(path: Path) -> dict[str, float]:
     return found
 
 
+def camera_of(found: dict[str, float], width: int, height: int):
+    """The camera of numbers such as `read_camera` gives; without its own size it is of an image of this one, and
+    without a principal point it looks through the middle."""
+    from enfilade.camera import Camera
+
+    width, height = int(found.get("width", width)), int(found.get("height", height))
+    middle = {"fy": found["fx"], "cx": (width - 1) / 2, "cy": (height - 1) / 2}
+    fx, fy, cx, cy = (float((middle | found)[k]) for k in ("fx", "fy", "cx", "cy"))
+    return Camera(fx, fy, cx, cy, width, height)
+
+
 def image_size(paths: Sequence[str]) -> tuple[int, int]:
     """Width and height of the first image among `paths` that can be read."""
     from enfilade import images

@@ -28,6 +28,7 @@ from enfilade.options import (
     Options,
     Precision,
     Weights,
+    camera_of,
     complain,
     describe_line,
     image_size,
@@ -149,8 +150,6 @@ class Predict:
 
     def _camera(self):
         """The camera that the options tell of, or None."""
-        from enfilade.camera import Camera
-
         numbers = {"fx": self.fx, "fy": self.fy, "cx": self.cx, "cy": self.cy}
         given = {k: v for k, v in numbers.items() if v is not None}
         if sum(map(bool, (given, self.camera is not None, self.fov is not None))) > 1:
@@ -163,10 +162,7 @@ class Predict:
             raise UserError("a camera needs --fx, its focal length in pixels")
         if "width" not in given or "height" not in given:
             given["width"], given["height"] = image_size(self.paths)
-        width, height = int(given["width"]), int(given["height"])
-        centre = {"cx": (width - 1) / 2, "cy": (height - 1) / 2}
-        fx, fy, cx, cy = (float(({"fy": given["fx"]} | centre | given)[k]) for k in ("fx", "fy", "cx", "cy"))
-        return Camera(fx, fy, cx, cy, width, height)
+        return camera_of(given, int(given["width"]), int(given["height"]))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 from tyro.conf import Positional, arg
 
 from enfilade.errors import UserError
-from enfilade.options import Device, Flag, Folder, MaybeFile, MaybeNumber, Model, use_threads
+from enfilade.options import Device, Flag, Folder, MaybeFile, MaybeNumber, Model, camera_of, read_camera, use_threads
 
 Output = Literal["arrays", "mesh", "page"]
 
@@ -50,9 +50,7 @@ class Complete:
 
     def run(self) -> int:
         from enfilade import complete, images
-        from enfilade.camera import Camera
         from enfilade.data.voxel_files import describe_grid, read_depth, read_pose
-        from enfilade.options import read_camera
         from enfilade.room_output import peak_megabytes, save
 
         if sum(x is not None for x in (self.pose, self.gravity)) > 1:
@@ -62,10 +60,7 @@ class Complete:
         height, width = image.rgb.shape[:2]
         camera = None
         if self.camera is not None:
-            numbers = read_camera(Path(self.camera))
-            w, h = (int(numbers[k]) if k in numbers else side for k, side in (("width", width), ("height", height)))
-            whole = {"fy": numbers["fx"], "cx": (w - 1) / 2, "cy": (h - 1) / 2} | numbers
-            camera = Camera(float(whole["fx"]), float(whole["fy"]), float(whole["cx"]), float(whole["cy"]), w, h)
+            camera = camera_of(read_camera(Path(self.camera)), width, height)
         depth = None if self.depth is None else read_depth(self.depth, unit=self.unit)
         gravity = self.gravity
         if self.pose is not None:

@@ -17,6 +17,7 @@ from enfilade.options import (
     MaybeNumber,
     Name,
     Options,
+    camera_of,
     complain,
     open_reader,
     parse_options,
@@ -328,8 +329,4 @@ class DataVoxels:
                 raise UserError(f"a horizontal field of view lies between 1 and 170 degrees, not {self.fov:g}")
             return Camera.from_fov(width, height, self.fov)
         assert self.camera is not None
-        found = read_camera(Path(self.camera))
-        width, height = int(found.get("width", width)), int(found.get("height", height))
-        centre = {"cx": (width - 1) / 2, "cy": (height - 1) / 2}
-        fx, fy, cx, cy = (({"fy": found["fx"]} | centre | found)[key] for key in ("fx", "fy", "cx", "cy"))
-        return Camera(fx, fy, cx, cy, width, height)
+        return camera_of(read_camera(Path(self.camera)), width, height)
