@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import enfilade
-from enfilade import checkpoint, experiments, recipes, verbs
+from enfilade import checkpoint, experiments, options, recipes, verbs
 from enfilade.cli import main
 from enfilade.errors import UserError
 from enfilade.overrides import override
@@ -144,9 +144,9 @@ def test_wrong_options_end_with_2(capsys):
 
 
 def test_choices_of_the_command_line_are_those_of_the_library():
-    from enfilade.predict import FILES
+    from enfilade.outputs import FILES
 
-    assert get_args(verbs.File) == FILES
+    assert get_args(options.File) == FILES
 
 
 def test_module_can_be_run():

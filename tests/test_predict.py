@@ -17,10 +17,11 @@ import pytest
 import torch
 from torch import nn
 
-from enfilade import images, labels, predict, viz
+from enfilade import images, labels, outputs, predict, predict_files, viz
 from enfilade.camera import Camera
 from enfilade.errors import UserError
-from enfilade.predict import Predictor, decide, decide_reference
+from enfilade.ops.decide import decide, decide_reference
+from enfilade.predict import Predictor
 from enfilade.types import Output, Prediction
 
 META = {"model": "stub", "arguments": {}, "space": "nyu13", "size": [24, 32], "focal": 26.0}
@@ -271,12 +272,12 @@ def test_networks_with_one_task(tmp_path):
     only_depth = Predictor(Stub(logits=False), META, device="cpu")(photo())
     assert only_depth.labels is None
     assert only_depth.confidence is None
-    names = [os.path.basename(p) for p in predict.save(only_labels, tmp_path, stem="a")]
+    names = [os.path.basename(p) for p in outputs.save(only_labels, tmp_path, stem="a")]
     assert names == ["a.labels.png", "a.overlay.png", "a.panel.png", "a.npz"]
-    names = [os.path.basename(p) for p in predict.save(only_depth, tmp_path, stem="b")]
+    names = [os.path.basename(p) for p in outputs.save(only_depth, tmp_path, stem="b")]
     assert names == ["b.depth.png", "b.colour.png", "b.panel.png", "b.npz", "b.ply"]
     for p in (only_labels, only_depth):
-        json.dumps(predict.describe(p))
+        json.dumps(outputs.describe(p))
 
 
 def test_what_a_predictor_refuses():
@@ -314,7 +315,7 @@ def test_defaults_of_the_header():
 def test_saved_files_read_back_equal(predictor, tmp_path):
     p = predictor(photo(), fov=70.0)
     p.depth[0, :4] = 0, np.nan, 70, 0.0014
-    written = predict.save(p, tmp_path / "new" / "folder", stem="room")
+    written = outputs.save(p, tmp_path / "new" / "folder", stem="room")
     names = ["labels.png", "depth.png", "colour.png", "overlay.png", "panel.png", "npz", "ply"]
     assert [os.path.basename(w) for w in written] == [f"room.{n}" for n in names]
     folder = tmp_path / "new" / "folder"
@@ -355,16 +356,16 @@ def test_spread_is_saved_where_there_is_one(predictor, tmp_path):
 def test_save_refuses(predictor, tmp_path):
     p = predictor(photo())
     with pytest.raises(UserError, match=r"'mesh'.*points"):
-        predict.save(p, tmp_path, files=("labels", "mesh"))
+        outputs.save(p, tmp_path, files=("labels", "mesh"))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file"):
-        predict.save(p, tmp_path / "file")
+        outputs.save(p, tmp_path / "file")
     assert os.listdir(tmp_path) == ["file"]
 
 
 def test_describe(predictor):
     p = predictor(photo(), fov=70.0)
-    summary = predict.describe(p, source="x.png", files=["a"], seconds=0.5)
+    summary = outputs.describe(p, source="x.png", files=["a"], seconds=0.5)
     assert json.loads(json.dumps(summary)) == summary
     assert (summary["width"], summary["height"]) == (80, 60)
     assert sum(summary["classes"].values()) == pytest.approx(1)
@@ -399,7 +400,7 @@ def bad_folder(root) -> set[str]:
 def test_a_folder_with_bad_files_among_good(predictor, tmp_path):
     bad = bad_folder(tmp_path / "in")
     heard = []
-    summary = predict.predict_many(
+    summary = predict_files.predict_many(
         tmp_path / "in",
         tmp_path / "out",
         predictor,
@@ -427,9 +428,9 @@ def test_a_folder_with_bad_files_among_good(predictor, tmp_path):
 def test_a_second_run_does_not_predict_on_the_first_ones_pictures(predictor, tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(photo()))
     for _ in range(2):
-        summary = predict.predict_many(tmp_path, tmp_path, predictor)
+        summary = predict_files.predict_many(tmp_path, tmp_path, predictor)
         assert [os.path.basename(d["source"]) for d in summary.done] == ["a.png"]
-    named = predict.predict_many(tmp_path / "a.overlay.png", tmp_path / "b", predictor, files=("labels",))
+    named = predict_files.predict_many(tmp_path / "a.overlay.png", tmp_path / "b", predictor, files=("labels",))
     assert len(named.done) == 1
 
 
@@ -440,7 +441,7 @@ def test_video(predictor, tmp_path):
         writer.write(photo(seed=seed))
     writer.release()
     (tmp_path / "after.png").write_bytes(encoded(photo()))
-    summary = predict.predict_many(
+    summary = predict_files.predict_many(
         [path, tmp_path / "after.png"], tmp_path / "out", predictor, files=("labels",), every=2
     )
     assert [d["source"] for d in summary.done] == [*(f"{path}#{i}" for i in (0, 2, 4)), str(tmp_path / "after.png")]
@@ -458,7 +459,7 @@ def test_predict_many_fails_at_once_for_what_cannot_work(predictor, tmp_path):
         (tmp_path / "a.png", "out", {"files": ("label",)}, "'label'"),
     ):
         with pytest.raises(UserError, match=sentence):
-            predict.predict_many(paths, tmp_path / out, predictor, **options)
+            predict_files.predict_many(paths, tmp_path / out, predictor, **options)
 
 
 def test_an_output_that_breaks_midway_is_named(predictor, tmp_path):
@@ -467,7 +468,7 @@ def test_an_output_that_breaks_midway_is_named(predictor, tmp_path):
         (tmp_path / "in" / name).write_bytes(encoded(photo()))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "sub").touch()  # a file where a folder must go
-    summary = predict.predict_many(tmp_path / "in", tmp_path / "out", predictor, files=("labels",))
+    summary = predict_files.predict_many(tmp_path / "in", tmp_path / "out", predictor, files=("labels",))
     assert len(summary.done) == 1
     assert str(tmp_path / "out" / "sub") in summary.failed[0][1]
 

@@ -17,7 +17,7 @@ from enfilade.ops.crf import refine as refine_reference
 from enfilade.predict import Predictor
 from enfilade.refine import CRF, read_depth, read_probabilities, refine_files
 from enfilade.types import Output
-from enfilade.verbs import Refine
+from enfilade.verbs_predict import Refine
 
 H, W = 48, 64
 META = {"space": "nyu40", "size": [H, W], "focal": 52.0}

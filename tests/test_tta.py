@@ -17,7 +17,8 @@ from enfilade.cli import main
 from enfilade.errors import UserError
 from enfilade.evaluate import score
 from enfilade.images import Image
-from enfilade.predict import Predictor, decide_reference
+from enfilade.ops.decide import decide_reference
+from enfilade.predict import Predictor
 from enfilade.tta import Augmentation, blend, cover, parse_window, slide, slide_reference
 from enfilade.types import Output, Sample
 

@@ -27,8 +27,8 @@ from enfilade.errors import UserError
 from enfilade.metrics import SegmentationScore
 from enfilade.metrics_volume import CompletionScore
 from enfilade.ops import tsdf as encoding
+from enfilade.ops.decide import decide
 from enfilade.ops.voxels import VoxelGrid, pixel_voxels, place_grid
-from enfilade.predict import decide
 from enfilade.types import IGNORE, LabelVolume, Output, Prediction, Sample, collate
 
 SPACE = "ssc12"

@@ -29,7 +29,8 @@ def demo(
     unwritable folder, before the room is rendered.
     """
     from enfilade.data.rooms import room
-    from enfilade.predict import load, save
+    from enfilade.outputs import save
+    from enfilade.predict import load
 
     folder = images.make_folder(out)
     photo = None if image is None else images.read(image)

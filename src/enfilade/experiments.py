@@ -249,7 +249,7 @@ def reproduce(
         rows: recipe names or labels; all by default. A row whose input the data lacks is left out, and said so.
         model: score this trained model in every row instead of training (the label maps of one model, LRN Table 4).
         strips: images in the picture of a table of label maps, or of an RSN's iterations (<table>.png).
-        limit: use only the first so many training samples (a smoke run; said in the table).
+        limit: use only the first so many samples of each split (said in the table).
     """
     from enfilade.checkpoint import resolve
     from enfilade.data import open_dataset
@@ -453,14 +453,15 @@ def ours_setting(recipe, encoder_weights, count: int, protocol: dict[str, Any], 
         weights = "random encoder weights" if encoder_weights is None else "ImageNet encoder weights"
         encoder = recipe.arguments.get("encoder", "no encoder")
         how = f"{encoder} ({weights}), {count} training images, {stages}, seed {recipe.seed}"
+    part = f" Not all of the data: only the first {limit} samples of each split." if limit else ""
     if "convention" in protocol:
         return (
             f"Ours: {how}; {protocol['frames']} frames of {protocol['data']}, voxels scored by the convention of "
-            f"{protocol['convention']}." + (f" A smoke run: only the first {limit} samples." if limit else "")
+            f"{protocol['convention']}.{part}"
         )
     return (
         f"Ours: {how}; {protocol['frames']} images of {protocol['data']}, {protocol['classes_scored']} classes,"
-        f" crop {protocol['crop']}, no flip." + (f" A smoke run: only the first {limit} samples." if limit else "")
+        f" crop {protocol['crop']}, no flip.{part}"
     )
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -122,3 +123,32 @@ def complain(message: str) -> None:
     """One line on stderr. Of many processes on one machine, the first speaks for all."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print("enfilade: " + " ".join(message.split()), file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answering:
+    """Which model answers and how it sees the images: the options of `enfilade.load`."""
+
+    model: Model = "gad-nyuv2"
+    """A shipped model, a model file, or the folder of a training run."""
+    flip: Flag = True
+    """Without it the answers for the image and its mirror image are averaged: better, at twice the time."""
+    scales: Annotated[tuple[float, ...], arg(metavar="S [S ...]")] = (1.0,)
+    """Average over these factors of the training scale; S costs S times S the time."""
+    window: Annotated[str | None, arg(metavar="WIDTHxHEIGHT|FACTOR", help_behavior_hint="")] = None
+    """Cover the image by windows of so many network pixels, or of so many training inputs, and blend their answers."""
+    overlap: Annotated[float, arg(metavar="SHARE")] = 0.5
+    """Share of a window's side that it has in common with the next."""
+    resolution: Literal["area", "source"] = "area"
+    """What scale 1 is: the area of the training input, or the image's own pixels times the training's factor."""
+    device: Device = None
+    """cpu, cuda, cuda:1 ...; default: a GPU where there is one."""
+    precision: Precision = "auto"
+    """Of the network's arithmetic; auto is bf16 on a GPU."""
+    crf: Flag = False
+    """Refine the labels by colours and depth (a dense CRF)."""
+
+    def predictor(self, **more: Any):
+        """`enfilade.load` with these options and `more`."""
+        chosen = {f.name: getattr(self, f.name) for f in fields(Answering) if f.name != "model"}
+        return enfilade.load(self.model, **chosen, **more)

@@ -11,26 +11,23 @@ and the prediction says which.
 """
 
 import math
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, no_type_check
+from typing import TYPE_CHECKING, Any, Literal
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32, UInt8
-from numba import njit
 from torch import Tensor, nn
 
-from enfilade import images, labels, tta, viz
+from enfilade import images, labels, tta
 from enfilade.camera import Camera
 from enfilade.errors import UserError
+from enfilade.ops.decide import decide
 from enfilade.ops.regions import region_support
 from enfilade.types import Output, Prediction
 
@@ -41,9 +38,6 @@ if TYPE_CHECKING:
 DEFAULTS = {"space": "nyu40", "size": (240, 320)}
 NYU_FOCAL, NYU_WIDTH = 518.8579, 640
 
-FILES = ("labels", "depth", "colour", "spread", "overlay", "panel", "arrays", "points")
-PICTURES = (".labels.png", ".depth.png", ".colour.png", ".spread.png", ".overlay.png", ".panel.png")
-PLY_POINTS = 1_000_000  # `save` thins larger clouds by a stride
 # What a network may take beside RGB: channels, and what to do where it is missing.
 PLANES = {
     "hha": (3, "HHA beside RGB: give hha, made from depth by enfilade.ops.hha"),
@@ -370,57 +364,6 @@ def _device(device: str | torch.device | None) -> torch.device:
     return device
 
 
-def decide(
-    probabilities: Float32[np.ndarray, "k h2 w2"], height: int, width: int
-) -> tuple[UInt8[np.ndarray, "h w"], Float32[np.ndarray, "h w"]]:
-    """The likeliest class and its probability at each pixel of a `height` x `width` image, by bilinear up-sampling
-    (align_corners=False) and arg max; ties go to the lower class.
-
-    All classes at full size are never held (12 megapixels times 40 classes are 1.9 GB) and rarely computed: between
-    four nodes of the grid that agree on the likeliest class, no other can win, for it is lower at each of them.
-    """
-    last = np.ascontiguousarray(probabilities.transpose(1, 2, 0))
-    return _decide(last, last.argmax(2), *_nodes(height, last.shape[0]), *_nodes(width, last.shape[1]))
-
-
-def _nodes(size: int, nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `size` pixels the two nodes of the small grid it lies between, and the second one's weight."""
-    position = ((np.arange(size) + 0.5) * (nodes / size) - 0.5).clip(0, nodes - 1)
-    first = position.astype(np.int64)
-    return first, np.minimum(first + 1, nodes - 1), (position - first).astype(np.float32)
-
-
-@njit(cache=True, nogil=True)
-@no_type_check  # a checked function cannot be compiled
-def _decide(p, top, y0, y1, wy, x0, x1, wx):
-    classes = np.empty((len(y0), len(x0)), np.uint8)
-    best = np.empty((len(y0), len(x0)), np.float32)
-    one = np.float32(1)
-    for y in range(len(y0)):
-        i, j, w = y0[y], y1[y], wy[y]
-        for x in range(len(x0)):
-            l, r, v = x0[x], x1[x], wx[x]
-            a, b, c, d = (one - w) * (one - v), (one - w) * v, w * (one - v), w * v
-            k = top[i, l]
-            if k == top[i, r] and k == top[j, l] and k == top[j, r]:
-                value = a * p[i, l, k] + b * p[i, r, k] + c * p[j, l, k] + d * p[j, r, k]
-            else:
-                value = np.float32(-1)
-                for n in range(p.shape[2]):
-                    q = a * p[i, l, n] + b * p[i, r, n] + c * p[j, l, n] + d * p[j, r, n]
-                    if q > value:
-                        k, value = n, q
-            classes[y, x] = k
-            best[y, x] = min(value, one)
-    return classes, best
-
-
-def decide_reference(probabilities: Float[Tensor, "k h2 w2"], height: int, width: int) -> tuple[Tensor, Tensor]:
-    """`decide` in one line, holding everything at full size."""
-    full = F.interpolate(probabilities[None], (height, width), mode="bilinear")[0].max(0)
-    return full.indices.to(torch.uint8), full.values
-
-
 def load(
     model: str | Path = "gad-nyuv2",
     device: str | torch.device | None = None,
@@ -468,188 +411,3 @@ def predict(
     """Predict on one image; see `Predictor`. The last model used is kept for the next call."""
     options = tta.Augmentation(flip, scales, window, overlap, resolution).options()
     return _loaded(model, device, precision=precision, crf=crf, **options).predict(source, camera=camera, fov=fov)
-
-
-def save(
-    prediction: Prediction, folder: str | Path, *, stem: str | None = None, files: Sequence[str] = FILES
-) -> list[str]:
-    """Write files to `folder`, each whole or not at all, and return their paths. `stem` defaults to the image's name.
-
-    * "labels": `<stem>.labels.png`, uint8 class numbers of the label space.
-    * "depth": `<stem>.depth.png`, uint16 millimetres, 0 unknown, at most 65.535 m.
-    * "overlay", "panel": `<stem>.overlay.png`, `<stem>.panel.png`, pictures to look at.
-    * "colour": `<stem>.colour.png`, depth in colours above a bar of metres.
-    * "spread": `<stem>.spread.png`, uint16 millimetres by which a network's iterations differ (RSN).
-    * "arrays": `<stem>.npz` with labels, depth (metres), confidence, depth_spread, intrinsics [3, 3], camera_source,
-      space, names.
-    * "points": `<stem>.ply`, a coloured point cloud in metres, of at most a million points or so.
-
-    What a prediction lacks is left out. Raises UserError for an unknown kind of file or an unwritable folder.
-    """
-    if unknown := [f for f in files if f not in FILES]:
-        raise UserError(f"no such output {', '.join(map(repr, unknown))}: choose among {', '.join(FILES)}")
-    stem = Path(stem or prediction.name or "image").name
-    folder = images.make_folder(folder)
-    p, space = prediction, labels.get(prediction.space)
-    written: list[str] = []
-
-    def place(ending: str) -> Path:
-        written.append(str(folder / f"{stem}.{ending}"))
-        return Path(written[-1])
-
-    if "labels" in files and p.labels is not None:
-        images.write_png(place("labels.png"), p.labels)
-    for kind, metres in (("depth", p.depth), ("spread", p.depth_spread)):
-        if kind in files and metres is not None:
-            known = np.where(np.isfinite(metres), metres, 0)
-            images.write_png(place(f"{kind}.png"), (known * 1000).round().clip(0, 65535).astype(np.uint16))
-    if "colour" in files and p.depth is not None:
-        images.write_png(place("colour.png"), viz.depth_picture(p.depth))
-    if "overlay" in files and p.labels is not None:
-        images.write_png(place("overlay.png"), viz.overlay(p.image, p.labels, space))
-    if "panel" in files:
-        images.write_png(place("panel.png"), np.asarray(viz.panel(p)))
-    if "arrays" in files:
-        arrays: dict[str, Any] = {"labels": p.labels, "depth": p.depth, "confidence": p.confidence}
-        arrays |= {"depth_spread": p.depth_spread}
-        arrays |= {"intrinsics": p.camera.matrix if p.camera else None, "names": np.array(space.names)}
-        arrays |= {"camera_source": np.array(p.camera_source), "space": np.array(p.space)}
-        present = {k: v for k, v in arrays.items() if v is not None}
-        # Not compressed: zlib is slow, and the low bits of floats hardly shrink.
-        images.write_atomic(place("npz"), lambda file: np.savez(file, **present))
-    if "points" in files and p.depth is not None and p.camera is not None:
-        stride = math.ceil(math.sqrt(p.depth.size / PLY_POINTS))
-        viz.write_ply(place("ply"), *viz.points(p, stride))
-    return written
-
-
-def describe(
-    prediction: Prediction, *, source: str | None = None, files: Sequence[str] = (), seconds: float | None = None
-) -> dict[str, Any]:
-    """What `--json` prints of one image: plain numbers and strings. Depths are metres, shares are of the labelled
-    pixels, largest first; a field that the prediction lacks is None."""
-    p = prediction
-    height, width = p.image.shape[:2]
-    space = labels.get(p.space)
-    summary: dict[str, Any] = {"source": source, "name": p.name, "width": width, "height": height, "space": p.space}
-    summary["classes"] = None if p.labels is None else {space.names[k]: s for k, s in viz.shares(p.labels, space)}
-    summary["confidence"] = None if p.confidence is None else float(p.confidence.mean())
-    summary["depth"] = None
-    if p.depth is not None and (known := p.depth[np.isfinite(p.depth) & (p.depth > 0)]).size:
-        summary["depth"] = {"min": float(known.min()), "median": float(np.median(known)), "max": float(known.max())}
-    summary["camera"] = None
-    if (c := p.camera) is not None:
-        numbers = {"fx": c.fx, "fy": c.fy, "cx": c.cx, "cy": c.cy, "fov": c.fov_degrees}
-        summary["camera"] = {"source": p.camera_source, **numbers}
-    return summary | {"files": list(files), "seconds": seconds}
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """What `predict_many` did: `describe` of each image done, and each file that failed with the reason."""
-
-    done: list[dict[str, Any]]
-    failed: list[tuple[str, str]]
-
-
-def predict_many(
-    paths: str | Path | Sequence[str | Path],
-    out: str | Path,
-    predictor: Predictor,
-    *,
-    files: Sequence[str] = FILES,
-    camera: Camera | None = None,
-    fov: float | None = None,
-    every: int = 1,
-    quiet: bool = False,
-    on_result: Callable[[str, dict[str, Any] | UserError], object] | None = None,
-) -> Summary:
-    """Predict on files, folders, patterns and videos, and `save` to `out`. One bad file never stops the rest.
-
-    A folder's sub-folders are kept below `out`. Where two inputs would share a name (a.jpg and a.png), the later one
-    is called a-2. Of a video, every `every`-th frame goes to a folder of the video's name, as `<frame number>.*`,
-    six digits. Pictures in `out` that an earlier run wrote are not taken as input unless named one by one. `on_result`
-    is called after each with its path (a frame's is "clip.mp4#12") and its `describe` or its error. A progress bar is
-    drawn on a terminal's stderr unless `quiet`.
-
-    Raises UserError at once for a path that does not exist, an unwritable `out` or an unknown kind of file.
-    """
-    if unknown := [f for f in files if f not in FILES]:
-        raise UserError(f"no such output {', '.join(map(repr, unknown))}: choose among {', '.join(FILES)}")
-    out = images.make_folder(out)
-    inside = out.resolve()
-    found = [f for f in images.find_relative(paths) if f.named or not _is_output(f.path, inside)]
-    if not found:
-        raise UserError(f"there are only pictures of earlier predictions in {out}: give other images")
-    done: list[dict[str, Any]] = []
-    failed: list[tuple[str, str]] = []
-
-    def report(path: str, result: dict[str, Any] | UserError) -> None:
-        if isinstance(result, UserError):
-            failed.append((path, str(result)))
-        else:
-            done.append(result)
-        if on_result is not None:
-            on_result(path, result)
-
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    silent = quiet or not sys.stderr.isatty()
-    with Progress(*columns, console=console, disable=silent, transient=True) as progress:
-        total = sum(_length(f.path, every) for f in found)
-        task = progress.add_task("predicting", total=total)
-        jobs: list[tuple[str, Path, str]] = []  # those handed to the stream and not yet answered
-        sources = _jobs(found, out, every, jobs, report)
-        start = time.perf_counter()
-        for result in predictor.stream(sources, camera=camera, fov=fov):
-            label, folder, stem = jobs.pop(0)
-            progress.update(task, description=Path(label).name, advance=1)
-            if isinstance(result, Prediction):
-                try:
-                    written = save(result, folder, stem=stem, files=files)
-                    seconds = time.perf_counter() - start
-                    result = describe(result, source=label, files=written, seconds=seconds)
-                except UserError as error:
-                    result = error
-            report(label, result)
-            start = time.perf_counter()
-    return Summary(done, failed)
-
-
-def _is_output(path: Path, out: Path) -> bool:
-    return path.name.endswith(PICTURES) and out in path.resolve().parents
-
-
-def _length(path: Path, every: int) -> int:
-    return math.ceil(images.frame_count(path) / every) if images.is_video(path) else 1
-
-
-def _jobs(
-    found: Sequence[images.Found],
-    out: Path,
-    every: int,
-    jobs: list[tuple[str, Path, str]],
-    fail: Callable[[str, UserError], object],
-) -> Iterator[images.Source]:
-    """The sources to predict on. For each, (label, output folder, stem) is appended to `jobs` first."""
-    taken: set[str] = set()
-    for path, relative, _ in found:
-        place = relative.with_name(relative.stem)
-        number = 1
-        while str(place).lower() in taken:  # file systems may not tell A from a
-            number += 1
-            place = relative.with_name(f"{relative.stem}-{number}")
-        taken.add(str(place).lower())
-        if not images.is_video(path):
-            jobs.append((str(path), out / place.parent, place.name))
-            yield path
-            continue
-        try:
-            for index, rgb in images.frames(path, every):
-                jobs.append((f"{path}#{index}", out / place, f"{index:06d}"))
-                yield rgb
-        except UserError as error:
-            fail(str(path), error)

@@ -197,7 +197,7 @@ class Prediction:
         return points(self)
 
     def save(self, folder, **options) -> list[str]:
-        """Write label, depth, overlay, array and point files to `folder`; see `enfilade.predict.save`."""
-        from enfilade.predict import save
+        """Write label, depth, overlay, array and point files to `folder`; see `enfilade.outputs.save`."""
+        from enfilade.outputs import save
 
         return save(self, folder, **options)

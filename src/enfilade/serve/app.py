@@ -128,7 +128,7 @@ def written(save: Callable[..., list[str]], result: Any, files: Sequence[str], *
 
 def describe(prediction: Prediction, model: str, seconds: float, pictures: Mapping[str, bytes]) -> dict[str, Any]:
     """The JSON of a prediction: `predict.describe`, the range of depth that its colours span, and PNGs as base64."""
-    from enfilade.predict import describe as facts
+    from enfilade.outputs import describe as facts
 
     told: dict[str, Any] = facts(prediction, seconds=seconds) | {"model": model}
     for here in ("source", "name", "files"):  # of the command line
@@ -282,7 +282,7 @@ def create_app(settings: Settings, *, predictors: Mapping[str, Any] | None = Non
         fov: Degrees = None,
     ) -> Response:
         """Labels and metric depth of a photo."""
-        from enfilade.predict import save
+        from enfilade.outputs import save
 
         media = negotiate(request.headers.get("accept", ""), list(PREDICT))
         name = model or default

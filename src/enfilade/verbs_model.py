@@ -1,0 +1,68 @@
+"""The verbs that tell of a model or carry it elsewhere: info and export."""
+
+import json
+from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import arg
+
+from enfilade.errors import UserError
+from enfilade.options import Count, Flag, MaybeCount, Model, Name, use_threads
+
+
+@dataclass(frozen=True)
+class Info:
+    """Say what is installed and on which machine; list models, recipes, tables and data sets."""
+
+    model: Annotated[str | None, arg(metavar="NAME|FILE|RUN", help_behavior_hint="")] = None
+    """Tell of this model only: how it was built and trained, and its scores."""
+    json: Flag = False
+    """Print JSON."""
+
+    def run(self) -> int:
+        from enfilade.info import info, text
+
+        if self.model is None:
+            use_threads()
+        found = info(self.model)
+        print(json.dumps(found, indent=1) if self.json else text(found))
+        return 0
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a model as one file that runs without Enfilade and torch, compare it with torch, and time both."""
+
+    out: Annotated[str, arg(metavar="FILE")]
+    """The file to write."""
+    model: Model = "gad-nyuv2"
+    """A shipped model, a model file, or the folder of a training run."""
+    format: Name = "onnx"
+    """Of the file: onnx."""
+    opset: Count = 20
+    """Version of ONNX's operators, 19 to 23."""
+    size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint="")] = None
+    """Image to time by; default: the training's. The file takes any size."""
+    check: Flag = True
+    """Neither compare nor time; without it both are done, and a file that differs from torch is not written."""
+    crf: Flag = True
+    """Leave out the dense CRF of a network that ends in one (joint-nyuv2), for which ONNX has no operators."""
+    threads: MaybeCount = None
+    """Threads to time with; default: OMP_NUM_THREADS, or all cores."""
+    json: Flag = False
+    """Print the report as JSON."""
+
+    def run(self) -> int:
+        size = None
+        if self.size is not None:
+            sides = self.size.lower().split("x")
+            if len(sides) != 2 or not all(side.isdecimal() for side in sides):
+                raise UserError(f"--size is WIDTHxHEIGHT in pixels, such as 320x240, not {self.size!r}")
+            size = int(sides[1]), int(sides[0])
+        from enfilade import export
+
+        use_threads(self.threads)
+        options = {"format": self.format, "opset": self.opset, "check": self.check, "crf": self.crf}
+        report = export.export(self.model, self.out, size=size, **options)
+        print(json.dumps(report.as_dict(), indent=1) if self.json else export.table(report))
+        return 0
