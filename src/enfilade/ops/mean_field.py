@@ -30,6 +30,7 @@ from enfilade.ops.mean_field_loops import (
     multiply,
     place,
     scale,
+    survey,
     sweep,
     sweep_back,
 )
@@ -238,6 +239,11 @@ class _Forward:
         self.m = _Matrices(matrices, self.tables.width)
         self.tables.result[self.tables.size :] = self.m.whole
         self.unary, self.none = self.rows(), np.empty(0, np.float32)
+        points = joint.own.shape[1] if len(joint.own) else 0
+        self.marks = np.empty(points * -(-self.tables.width // 64), np.int64)
+        self.known = np.empty(points, np.float32), np.zeros(math.prod(joint.size), np.float32)
+        b, reach = self.m.b, self.m.lists[5]
+        run_parts(lambda _, start, stop: survey(joint.own, b, reach, *self.known, start, stop), points)
 
     def rows(self) -> np.ndarray:
         return _empty(math.prod(self.joint.size) * self.tables.width)
@@ -249,8 +255,9 @@ class _Forward:
         joint, tables, m = self.joint, self.tables, self.m
 
         def part(thread, start, stop):
-            arrays = planes, full, self.unary, before, after, tables.result, joint.rows[-1][1], tables.splat[thread]
-            sweep(mode, *arrays, self.shape[1], joint.lists, m.lists, start, stop)
+            arrays = planes, full, self.unary, before, after, self.marks, tables.result, joint.rows[-1][1]
+            where = tables.splat[thread], self.shape[1], joint.lists, m.lists, self.known, start, stop
+            sweep(mode, *arrays, *where)
 
         joint.points(part)
 

@@ -12,6 +12,7 @@ from numba import njit
 
 from enfilade.ops.vectors import (
     LANES,
+    above,
     add,
     at,
     count_bits,
@@ -95,15 +96,15 @@ def move(target, source, start, stop):
 
 @njit(cache=True, nogil=True)
 @no_type_check
-def _gather(table, width, offsets, weights, corners, start, count, base, ahead, equal, own, tile):
-    """The rows of the tile: rows of `base` from `ahead` on, a number `equal` for each point, what points start.. slice
-    from the table, and their own messages. Five vectors at a time keep the sums in registers and the arithmetic busy.
-    """
-    own_rows, own_weights, own_ends = own
+def _gather(table, width, offsets, weights, corners, start, count, base, ahead, equal, first, given, tile):
+    """The rows of the tile: rows of `base` from `ahead` on, a number `equal` for each, what points start.. slice from
+    the table, and if they are given, for labels that are marked, columns of the matrices: rows of the table from
+    `first_row` on. Five vectors at a time keep the sums in registers and the arithmetic busy."""
+    some, first_row, own, marks, q = given
+    words = (width + 63) // 64
     for i in range(count):
-        o, j, same = (start + i) * corners, i * width, fill(at(equal, i))
-        own_start, own_end = at(own_ends, i), at(own_ends, i + 1)
-        end, back = j + width, j
+        o, j, same = (start + i) * corners, i * width, fill(at(equal, first + i))
+        end, back, point = j + width, j, (start + i) * width
         while j + 5 * LANES <= end:
             a0, a1 = add(load(base, ahead + j), same), add(load(base, ahead + j + LANES), same)
             a2, a3 = add(load(base, ahead + j + 2 * LANES), same), add(load(base, ahead + j + 3 * LANES), same)
@@ -114,12 +115,19 @@ def _gather(table, width, offsets, weights, corners, start, count, base, ahead, 
                 a2 = madd(a2, weight, load(table, row + 2 * LANES))
                 a3 = madd(a3, weight, load(table, row + 3 * LANES))
                 a4 = madd(a4, weight, load(table, row + 4 * LANES))
-            for k in range(own_start, own_end):
-                row, weight = at(own_rows, k) * width + (j - back), at(own_weights, k)
-                a0, a1 = madd(a0, weight, load(table, row)), madd(a1, weight, load(table, row + LANES))
-                a2 = madd(a2, weight, load(table, row + 2 * LANES))
-                a3 = madd(a3, weight, load(table, row + 3 * LANES))
-                a4 = madd(a4, weight, load(table, row + 4 * LANES))
+            for word in range(words if some else 0):
+                bits = marks[(start + i) * words + word]
+                while bits:
+                    label = word * 64 + lowest_bit(bits)
+                    bits &= bits - 1
+                    share, row = short_at(q, point + label), (first_row + label) * width + (j - back)
+                    for k in range(len(own)):
+                        weight = share * own[k, start + i]
+                        a0, a1 = madd(a0, weight, load(table, row)), madd(a1, weight, load(table, row + LANES))
+                        a2 = madd(a2, weight, load(table, row + 2 * LANES))
+                        a3 = madd(a3, weight, load(table, row + 3 * LANES))
+                        a4 = madd(a4, weight, load(table, row + 4 * LANES))
+                        row += width * width
             store(tile, j, a0)
             store(tile, j + LANES, a1)
             store(tile, j + 2 * LANES, a2)
@@ -130,8 +138,15 @@ def _gather(table, width, offsets, weights, corners, start, count, base, ahead, 
             a0 = add(load(base, ahead + j), same)
             for k in range(o, o + corners):
                 a0 = madd(a0, at(weights, k), load(table, at(offsets, k) * width + (j - back)))
-            for k in range(own_start, own_end):
-                a0 = madd(a0, at(own_weights, k), load(table, at(own_rows, k) * width + (j - back)))
+            for word in range(words if some else 0):
+                bits = marks[(start + i) * words + word]
+                while bits:
+                    label = word * 64 + lowest_bit(bits)
+                    bits &= bits - 1
+                    share, row = short_at(q, point + label), (first_row + label) * width + (j - back)
+                    for k in range(len(own)):
+                        a0 = madd(a0, share * own[k, start + i], load(table, row))
+                        row += width * width
             store(tile, j, a0)
             j += LANES
 
@@ -165,8 +180,9 @@ def _scatter(tile, width, offsets, weights, corners, start, count, table):
 
 @njit(cache=True, nogil=True)
 @no_type_check
-def _softmax(tile, width, count, shares, shorts, start):
-    """The rows of the tile, in place, and in 16 bits rows start.. of the others. `shares` is room for the points."""
+def _softmax(tile, width, count, shares, shorts, start, bounds, marks):
+    """The rows of the tile, in place, and in 16 bits rows start.. of the others; `marks` of what is above the bounds.
+    `shares` is room for the points."""
     for i in range(count):
         top = load(tile, i * width)
         for j in range(i * width + LANES, (i + 1) * width, LANES):
@@ -185,6 +201,36 @@ def _softmax(tile, width, count, shares, shorts, start):
             e = mul(load(tile, j), share)
             store(tile, j, e)
             store_short(shorts, start * width + j, e)
+    _mark_above(tile, width, count, start, bounds, marks)
+
+
+@njit(cache=True, nogil=True)
+@no_type_check
+def _mark_above(tile, width, count, start, bounds, marks):
+    """Of points start.., whose Q is in the tile, the labels above the point's bound, as bits."""
+    if len(bounds) == 0:
+        return
+    words = (width + 63) // 64
+    for i in range(count):
+        bound = fill(at(bounds, start + i))
+        for word in range(words):
+            bits, first = 0, i * width + word * 64
+            for c in range(0, min(64, width - word * 64), LANES):
+                bits |= above(load(tile, first + c), bound) << c
+            marks[(start + i) * words + word] = bits
+
+
+@njit(cache=True, nogil=True)
+@no_type_check
+def survey(own, b, reach_whole, bounds, equal, start, stop):
+    """For each point, above which Q its message to itself counts (2: never), and sum_k own_k b_k."""
+    for i in range(start, stop):
+        heft, sums = np.float32(0), np.float32(0)
+        for k in range(len(own)):
+            heft = max(heft, own[k, i] * reach_whole[k])
+            sums += own[k, i] * b[k]
+        bounds[i] = np.float32(NEGLIGIBLE) / heft if heft > np.float32(NEGLIGIBLE) else np.float32(2)
+        equal[i] = sums
 
 
 @njit(cache=True, nogil=True)
@@ -296,53 +342,33 @@ def _weighted(rows, first, width, count, start, own, k, out):
 
 @njit(cache=True, nogil=True)
 @no_type_check
-def _buffers(width, kernels):
-    """Of a thread: four tiles; two numbers, bits and an end for each point; rows and weights of messages to oneself."""
+def _buffers(width):
+    """Of a thread: four tiles; two numbers and bits for each point."""
     tiles = np.empty(TILE * width, np.float32), np.empty(TILE * width, np.float32)
     tiles = *tiles, np.empty(TILE * width, np.float32), np.empty(TILE * width, np.float32)
     numbers = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
-    marks, ends = np.zeros(TILE * ((width + 63) // 64), np.int64), np.zeros(TILE + 1, np.int64)
-    few = (TILE * width // FEW + 1) * kernels + 1
-    return tiles, numbers, marks, (np.empty(few, np.int32), np.empty(few, np.float32), ends)
+    return tiles, numbers, np.zeros(TILE * ((width + 63) // 64), np.int64)
 
 
 @njit(cache=True, nogil=True)
 @no_type_check
-def _return_own(width, count, unary, q, start, own, m, first_row, tiles, heft, marks, found):
-    """For what sum_j K_ij Q_j holds of Q_i: own_k M_k q, with M = b 1 1^T + the whole rest. Labels that count have
-    their column of it, a row of `_gather`'s table, `found`; or, if they are many, the first tile is the unary plus the
-    rest's product, and the result True."""
-    a, _, reach, rest, _, reach_whole, _ = m
-    rows, weights, ends = found
+def _return_own(width, count, unary, q, start, own, m, tiles, factors, marks):
+    """For what sum_j K_ij Q_j holds of Q_i: own_k M_k q, with M = b 1 1^T + the whole rest. Labels that are marked are
+    left to `_gather`; but if they are many, the first tile is the unary plus the rest's product, and the result True.
+    """
+    a, _, reach, rest, _, _, _ = m
     tile, shares, room, more = tiles
-    for i in range(count):
-        heft[i] = 0
-    for k in range(len(own)):
-        counts = reach_whole[k] / np.float32(NEGLIGIBLE)
-        for i in range(count):
-            heft[i] = max(heft[i], own[k, start + i] * counts)
-    dense = _mark(q, width, start, count, heft, marks) > count * width // FEW
     words, number = (width + 63) // 64, 0
-    for i in range(count):
-        ends[i] = number
-        for word in range(0 if dense else words):
-            bits = marks[i * words + word]
-            while bits:
-                label = word * 64 + lowest_bit(bits)
-                bits &= bits - 1
-                share = short_at(q, (start + i) * width + label)
-                for k in range(len(own)):
-                    weight = share * own[k, start + i]
-                    rows[number], weights[number] = first_row + k * width + label, weight
-                    number += weight * reach_whole[k] > NEGLIGIBLE
-    ends[count] = number
+    for i in range(start * words, (start + count) * words):
+        number += count_bits(marks[i])
+    dense = number > count * width // FEW
     if dense:
-        _combined(own, start, count, a, heft)
+        _combined(own, start, count, a, factors)
         for i in range(count):
             for j in range(i * width, (i + 1) * width, LANES):
                 share = load_short(q, start * width + j)
                 store(shares, j, share)
-                store(tile, j, madd(load(unary, start * width + j), heft[i], share))
+                store(tile, j, madd(load(unary, start * width + j), factors[i], share))
         for k in range(len(own)):
             if reach[k]:
                 _weighted(shares, 0, width, count, start, own, k, room)
@@ -408,14 +434,17 @@ def _return_own_back(width, count, g, q, start, own, m, mean, learn, products, t
 
 @njit(cache=True, nogil=True)
 @no_type_check
-def sweep(mode, planes, full, unary, before, after, table, first_row, target, channels, points, m, start, stop):
+def sweep(
+    mode, planes, full, unary, before, after, marks, table, first_row, target, channels, points, m, known, start, stop
+):
     """From the messages in the table, or the `unary` in `planes`, to the next Q, `after` and splatted onto the target;
-    at the END to logits in `planes`. `before` and `after` hold Q in 16 bits, and `full`, unless empty, in 32. From
-    `first_row` on the table has the columns of the matrices."""
+    at the END to logits in `planes`. `before` and `after` hold Q in 16 bits, and `full`, unless empty, in 32; `marks`
+    holds the labels of Q that count, by the `survey`, in messages to themselves. From `first_row` on the table has the
+    columns of the matrices."""
     offsets, inner, outer, corners, own, p = points
     width = (channels + LANES - 1) // LANES * LANES
-    tiles, (heft, equal), marks, found = _buffers(width, len(own))
-    tile = tiles[0]
+    tiles, (shares, _), _ = _buffers(width)
+    tile, (bounds, equal) = tiles[0], known
     while start < stop:
         count = min(TILE, stop - start, p - start % p)
         ahead = start * width
@@ -426,10 +455,10 @@ def sweep(mode, planes, full, unary, before, after, table, first_row, target, ch
         else:
             dense = False
             if len(own):
-                dense = _return_own(width, count, unary, before, start, own, m, first_row, tiles, heft, marks, found)
-                _combined(own, start, count, m[1], equal)
+                dense = _return_own(width, count, unary, before, start, own, m, tiles, shares, marks)
             base, base_ahead = (tile, 0) if dense else (unary, ahead)
-            _gather(table, width, offsets, outer, corners, start, count, base, base_ahead, equal, found, tile)
+            given = len(own) and not dense, first_row, own, marks, before
+            _gather(table, width, offsets, outer, corners, start, count, base, base_ahead, equal, start, given, tile)
         if mode == END:
             _to_planes(tile, channels, p, width, start, count, planes)
         else:
@@ -438,8 +467,9 @@ def sweep(mode, planes, full, unary, before, after, table, first_row, target, ch
                     x = load(full, ahead + j)
                     store(tile, j, x)
                     store_short(after, ahead + j, x)
+                _mark_above(tile, width, count, start, bounds, marks)
             else:
-                _softmax(tile, width, count, heft, after, start)
+                _softmax(tile, width, count, shares, after, start, bounds, marks)
                 if len(full):
                     for j in range(0, count * width, LANES):
                         store(full, ahead + j, load(tile, j))
@@ -458,9 +488,9 @@ def sweep_back(
     nothing, and there every other sweep adds two, its g and the `old` one."""
     offsets, inner, outer, corners, own, p = points
     width = (channels + LANES - 1) // LANES * LANES
-    tiles, numbers, marks, found = _buffers(width, len(own))
+    tiles, numbers, marks = _buffers(width)
     tile, shares, _, _ = tiles
-    average, zero = numbers[0], np.zeros(TILE, np.float32)
+    average, zero, given = numbers[0], np.zeros(TILE, np.float32), (False, 0, own, marks, q)
     whole = 0.0
     while start < stop:
         count = min(TILE, stop - start, p - start % p)
@@ -479,7 +509,7 @@ def sweep_back(
                 _return_own_back(width, count, g, q, start, own, m, mean, learn, products, tiles, numbers, marks)
             else:
                 tile[:] = 0
-            _gather(table, width, offsets, inner, corners, start, count, tile, 0, zero, found, tile)
+            _gather(table, width, offsets, inner, corners, start, count, tile, 0, zero, 0, given, tile)
             # Softmax: the gradient of the logits is q (dq - <q, dq>), with a sum of 0 though q is rounded.
             for i in range(count):
                 along, all_ = fill(np.float32(0)), fill(np.float32(0))

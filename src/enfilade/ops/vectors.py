@@ -311,6 +311,19 @@ def short_above(typingctx, array, i, bound):
 
 @intrinsic
 @no_type_check
+def above(typingctx, a, b):
+    """Bit j of the result is set where a[j] > b[j]."""
+
+    @no_type_check
+    def code(context, builder, signature, args):
+        bits = builder.bitcast(builder.fcmp_ordered(">", *args), ir.IntType(LANES))
+        return builder.zext(bits, ir.IntType(64))
+
+    return types.int64(VECTOR, VECTOR), code
+
+
+@intrinsic
+@no_type_check
 def size(typingctx, a):
     """|a|"""
 
