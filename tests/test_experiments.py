@@ -164,6 +164,16 @@ def test_rows_go_on_from_the_stages_that_they_share(root, tmp_path, monkeypatch)
 
     monkeypatch.setattr(experiments.recipes, "get", tiny_joint)
     options = {"root": str(root), "out": tmp_path / "out", "epochs": 1, "workers": 0, "quiet": True}
+    passed = []
+
+    def watched(*arguments, **more):
+        passed.append(more["passed"])
+        return train(*arguments, **more)
+
+    monkeypatch.setattr("enfilade.train.train", watched)
+    experiments.reproduce("joint-table3", rows=("joint-sem", "joint-sem-depth"), **options)
+    experiments.reproduce("joint-table3", rows=("joint-crf-depth",), **options)  # goes on from a row of an earlier call
+    assert passed == [0, 1, 2]
     text = experiments.reproduce("joint-table3", rows=("joint-sem", "joint-sem-depth", "joint-crf-depth"), **options)
     saved = json.loads((tmp_path / "out/joint-table3.json").read_text())["rows"]
     assert [r["run"]["updates"] for r in saved] == [2, 4, 6]

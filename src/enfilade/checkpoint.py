@@ -9,13 +9,14 @@ import inspect
 import json
 import os
 import struct
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from enfilade.errors import UserError, unknown
@@ -32,6 +33,8 @@ MODELS: dict[str, str] = {
     "fcn8s": "enfilade.models.label_refinement:FCN8s",
     "peer": "enfilade.models.peers:Peer",
 }
+
+SPARE = 4_000_000  # numbers that a constructor may make beyond four times those of its file
 
 # Models that ship inside the package.
 SHIPPED: dict[str, str] = {
@@ -61,6 +64,15 @@ def build(model: str, arguments: dict[str, Any]) -> nn.Module:
     return constructor(**arguments)
 
 
+def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write and flush. The function of this name in safetensors writes to a name of its own first, which stays behind
+    where the process is killed, and leaves a file that only its owner may read."""
+    with open(path, "wb") as file:
+        file.write(save(tensors, metadata))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Atomic: after a crash the file is the old one or the new one, never half of one."""
     path = Path(path)
@@ -70,10 +82,8 @@ def write(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         # safetensors wants dense row-major tensors; clones also break storage shared by tied weights
         dense = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         save_file(dense, temporary, {"enfilade": json.dumps(meta)})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError
+    except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {path}: {reason}; choose a folder that you may write to") from error
     finally:
@@ -99,8 +109,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {}).get("enfilade", "null"))
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError, ValueError, struct.error) as error:
-        raise UserError(f"{path} is damaged or truncated ({error}): copy or download it again") from error
+    except (SafetensorError, OSError, ValueError, RecursionError, struct.error) as error:
+        raise UserError(f"{path} is damaged or truncated ({_reason(error)}): copy or download it again") from error
     if not isinstance(meta, dict):
         raise UserError(f"{path} is a safetensors file, but not one of Enfilade's models: its header names no model")
     return tensors, meta
@@ -115,18 +125,73 @@ def save_model(path: Path, network: nn.Module, meta: dict[str, Any], half: bool 
 
 
 def resolve(name: str | Path) -> Path:
-    """A shipped model's name, a file, or a run folder (its best model)."""
+    """A shipped model's name, a file, a folder (a run's best model, or `hub.save`'s), or hf://user/name, fetched."""
     if str(name) in SHIPPED:
         return Path(__file__).parent / SHIPPED[str(name)]
+    if str(name).startswith("hf://"):
+        from enfilade.hub import fetch
+
+        return fetch(str(name))
     path = Path(name)
     if path.is_dir():
-        for candidate in ("best.safetensors", "final.safetensors"):
+        for candidate in ("best.safetensors", "final.safetensors", "model.safetensors"):
             if (path / candidate).is_file():
                 return path / candidate
         raise UserError(f"{path} holds no best.safetensors: has that run passed its first validation?")
     if not path.exists():
         raise unknown("model file or shipped model", str(name), SHIPPED)
     return path
+
+
+def _reason(error: Exception) -> str:
+    """The first line, shortened: it may quote the file."""
+    line = (str(error).strip() or type(error).__name__).split("\n")[0]
+    return line if len(line) <= 150 else f"{line[:150]}..."
+
+
+def _check(meta: dict[str, Any], path: Path) -> None:
+    """Raise UserError for a header whose values could not be used later on."""
+
+    def number(value) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e6
+
+    size = meta.get("size", [1, 1])
+    wrong = [
+        name
+        for name, well in (
+            ("model", isinstance(meta["model"], str)),
+            ("arguments", isinstance(meta["arguments"], dict)),
+            ("space", isinstance(meta.get("space", ""), str)),
+            ("size", isinstance(size, list) and len(size) == 2 and all(number(side) for side in size)),
+            ("focal", meta.get("focal") is None or number(meta["focal"])),
+            ("scale", meta.get("scale") is None or number(meta["scale"])),
+            ("ignored", isinstance(meta.get("ignored", []), list)),
+        )
+        if not well
+    ]
+    if wrong:
+        told = _reason(ValueError(repr(meta[wrong[0]])))
+        raise UserError(f"{path} is no model file: its header's {wrong[0]!r} makes no sense ({told})")
+
+
+@contextlib.contextmanager
+def _at_most(limit: int, path: Path):
+    """Raise UserError as soon as modules that this thread builds hold more than `limit` numbers. Memory that nobody has
+    written to yet costs nothing, so it is early enough."""
+    thread, count = threading.get_ident(), 0
+
+    def counted(module, name, parameter) -> None:
+        nonlocal count
+        if threading.get_ident() == thread and parameter is not None:
+            count += parameter.numel()
+            if count > limit:
+                raise UserError(f"{path} describes a model far larger than the weights in it: make it anew")
+
+    hook = nn.modules.module.register_module_parameter_registration_hook(counted)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def load(name: str | Path = "gad-nyuv2", device: str | torch.device = "cpu") -> Loaded:
@@ -139,12 +204,24 @@ def load(name: str | Path = "gad-nyuv2", device: str | torch.device = "cpu") -> 
     tensors, meta = read(path)
     if "model" not in meta or "arguments" not in meta:
         raise UserError(f"{path} is no model file: its header lacks 'model' and 'arguments' (is it a training state?)")
-    network = build(meta["model"], meta["arguments"])
+    _check(meta, path)
+    # Whoever made the file chose its words: none of them may read another file, or ask for the machine's memory
+    arguments = meta["arguments"] | ({"weights": None} if "weights" in meta["arguments"] else {})
+    try:
+        with _at_most(SPARE + 4 * sum(v.numel() for v in tensors.values()), path):
+            network = build(meta["model"], arguments)
+    except UserError:
+        raise
+    except Exception as error:  # a constructor may raise anything where its arguments are not what it thinks
+        raise UserError(f"{path} describes a model that cannot be built ({_reason(error)}): make it anew") from error
     wanted = {k: v.shape for k, v in network.state_dict().items()}
     found = {k: v.shape for k, v in tensors.items()}
     if wanted != found:
         wrong = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
         text = f"the weights in {path} are of another model than {meta['model']}"
         raise UserError(f"{text}: {len(wrong)} tensors differ, the first is {wrong[0]}")
-    network.load_state_dict(tensors)
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:  # of a type that cannot become the model's
+        raise UserError(f"the weights in {path} do not fit their model ({_reason(error)}): make it anew") from error
     return Loaded(network.float().eval().to(device), meta)

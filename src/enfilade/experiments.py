@@ -257,22 +257,27 @@ def reproduce(
     from enfilade.images import write_atomic
     from enfilade.predict import load
     from enfilade.report import write_report
-    from enfilade.train import train
+    from enfilade.train import finished, train
 
     chosen = get(table)
     wanted = [r for r in chosen.rows if not rows or r.recipe in rows or r.label in rows]
     for name in set(rows) - {r.recipe for r in chosen.rows} - {r.label for r in chosen.rows}:
         raise unknown(f"row of {table}", name, [r.recipe for r in chosen.rows])
     out = Path(out)
+
+    def recipe_of(row: Row) -> Recipe:
+        recipe = recipes.get(row.recipe, encoder_weights).replace(seed=seed)
+        return recipe if epochs is None else recipe.with_stages(epochs=epochs)
+
     results: list[dict[str, Any]] = []
-    trained: list[tuple[Recipe, Path]] = []
+    # Rows that are not asked for now may have been trained before: others go on from their stages
+    others = [(recipe_of(row), out / row.recipe) for row in chosen.rows if row not in wanted]
+    trained = [(recipe, folder / "final.safetensors") for recipe, folder in others if finished(folder, recipe)]
     val_data: Any = None
     text = ""
     left_out: list[str] = []
     for row in wanted:
-        recipe = recipes.get(row.recipe, encoder_weights).replace(seed=seed)
-        if epochs is not None:
-            recipe = recipe.with_stages(epochs=epochs)
+        recipe = recipe_of(row)
         if recipe.model == "peer" and find_spec("segmentation_models_pytorch") is None:
             left_out.append(f"{row.label}: needs segmentation_models_pytorch (pip install 'enfilade[peers]')")
             continue

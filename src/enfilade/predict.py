@@ -106,6 +106,29 @@ class Predictor:
         self.focal = float(self.meta.get("focal") or NYU_FOCAL * width / NYU_WIDTH)
         self.network = network.eval().to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore
 
+    @staticmethod
+    def from_pretrained(
+        name_or_path: str | Path, *, revision: str | None = None, token: str | None = None, **options: Any
+    ) -> "Predictor":
+        """A predictor from a shipped model's name, a file or folder, or a repository "user/name" of the Hugging Face
+        hub; `options` are those of `load`. Raises UserError, see `hub.locate`."""
+        from enfilade import hub
+
+        return load(hub.locate(name_or_path, revision=revision, token=token), **options)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> list[str]:
+        """Write model, config and model card to a folder, for `from_pretrained`; see `hub.save`."""
+        from enfilade import hub
+
+        return hub.save(folder, self.network, self.meta, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Send what `save_pretrained` writes to "user/name" on the Hugging Face hub; see `hub.push`. Returns the
+        address of its page."""
+        from enfilade import hub
+
+        return hub.push(repo_id, self.network, self.meta, **options)
+
     def __call__(self, source: images.Source, *, camera: Camera | None = None, fov: float | None = None) -> Prediction:
         return self.predict(source, camera=camera, fov=fov)
 

@@ -12,7 +12,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from enfilade import checkpoint, labels
+import enfilade
+from enfilade import checkpoint, labels, trackers
 from enfilade.data.epochs import batches, class_weights, steps_per_epoch
 from enfilade.data.weights import read as read_weights
 from enfilade.errors import UserError
@@ -185,6 +186,7 @@ def train(
     stop_after: int | None = None,
     workers: int = 1,
     log_every: int = 20,
+    track: str | Sequence[str] = ("tensorboard",),
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Train `recipe` on a reader; returns the last validation's scores and the throughput.
@@ -193,7 +195,7 @@ def train(
         train_data, val_data: readers (`enfilade.data.open_dataset`); without `val_data` nothing is validated and the
             final weights count as best.
         out: run folder. Gets recipe.json, last.safetensors (to resume), best.safetensors and final.safetensors
-            (models, `enfilade.load` takes them), TensorBoard events and log.jsonl.
+            (models, `enfilade.load` takes them), log.jsonl and what the trackers write.
         init: a shipped model, a model file or a run folder whose weights the run starts from, as far as they fit: a
             classifier for other classes, say, starts anew, and the run says so.
         passed: stages at the recipe's beginning that `init` has been through: training starts after them, with the
@@ -203,17 +205,21 @@ def train(
         save_every: updates between saves of the state; 0 saves after each epoch.
         stop_after: stop (saved) after so many updates of this call.
         workers: loader processes; 0 loads in the training process.
+        track: where the curves go: some of tensorboard, wandb and mlflow (`enfilade.trackers`), or none.
 
     Raises:
-        UserError: the run folder holds another recipe; a loss that is not finite (the last good state is kept).
+        UserError: the run folder holds another recipe; a tracker that is unknown or cannot start; a loss that is not
+            finite (the last good state is kept).
     """
+    names = trackers.check(track)
     run = Run(recipe, train_data, val_data, Path(out), resume, quiet, init, passed)
     run.skip_nonfinite, run.save_every, run.log_every, run.workers = skip_nonfinite, save_every, log_every, workers
-    for index in range(run.progress["stage"], len(recipe.stages)):
-        stopped = run.stage(index, stop_after)
-        if stopped:
-            break
-    return run.finish()
+    with run.track(names):
+        for index in range(run.progress["stage"], len(recipe.stages)):
+            stopped = run.stage(index, stop_after)
+            if stopped:
+                break
+        return run.finish()
 
 
 class Run:
@@ -231,8 +237,6 @@ class Run:
         self.accelerator = Accelerator(
             mixed_precision="no",  # it is the stage's to say, see `autocast`
             cpu=not torch.cuda.is_available(),
-            log_with="tensorboard",
-            project_dir=str(out),
         )
         self.main = self.accelerator.is_main_process
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
@@ -241,6 +245,7 @@ class Run:
 
         self.last = out / "last.safetensors"
         self.saved = checkpoint.read(self.last) if resume and self.last.is_file() else None
+        self.resumed = self.saved is not None
         torch.manual_seed(recipe.seed)
         # A saved state holds the encoder's weights, so that their file is no longer needed
         arguments = recipe.arguments | ({"weights": None} if self.saved or init is not None else {})
@@ -263,8 +268,18 @@ class Run:
             weights = class_weights(train_data, recipe.class_weighting, recipe.arguments.get("classes", 40))
         self.class_weights = None if weights is None else weights.to(self.accelerator.device)
         self.ignored = tuple(getattr(train_data, "ignored", ()))
-        self.accelerator.init_trackers("events")
+        self.trackers = trackers.Trackers({})
         self.updates, self.images, self.waited, self.begun = 0, 0, 0.0, time.perf_counter()
+
+    def track(self, names: Sequence[str]) -> trackers.Trackers:
+        """Start the trackers, on the first process and where there is something left to train."""
+        if self.main and self.progress["stage"] < len(self.recipe.stages):
+            told = {"train": self.train_data, "val": self.val_data}
+            data = {k: getattr(v, "name", type(v).__name__) for k, v in told.items() if v is not None}
+            config = asdict(self.recipe) | {"data": data, "processes": self.world, "enfilade": enfilade.__version__}
+            self.trackers = trackers.start(names, self.out, config, self.resumed)
+            self.begun = time.perf_counter()  # a tracker may take seconds to start
+        return self.trackers
 
     def say(self, text: str) -> None:
         if self.main and not self.quiet:
@@ -370,7 +385,9 @@ class Run:
         rates = {"images_per_second": self.images / elapsed, "data_waiting": self.waited / elapsed}
         values = {k: float(v) for k, v in losses.items()}
         update = self.progress["update"]
-        self.accelerator.log(values | rates | {f"norm/{k}": v for k, v in norms.items()}, step=update)
+        more = {f"norm/{k}": v for k, v in norms.items()}
+        more |= {f"lr/{group['part']}": group["lr"] for group in self.optimiser.param_groups}
+        self.trackers.log(values | rates | more, update)
         append(self.out / "log.jsonl", {"update": update, "stage": stage.name, "epoch": epoch, **values, **rates})
         terms = "  ".join(f"{k} {v:.3f}" for k, v in values.items())
         speed = f"{rates['images_per_second']:.2f} images/s, waiting for data {rates['data_waiting']:.1%}"
@@ -390,7 +407,7 @@ class Run:
             freeze(self.network, stage)
             self.progress["scores"] = scores
             update = self.progress["update"]
-            self.accelerator.log({f"val/{k}": v for k, v in scores.items()}, step=update)
+            self.trackers.log({f"val/{k}": v for k, v in scores.items()}, update)
             append(self.out / "log.jsonl", {"update": update, "stage": stage.name, "epoch": epoch, "val": scores})
             self.say("validation  " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
             self.begun += time.perf_counter() - pause
@@ -439,6 +456,14 @@ def claim(out: Path, recipe: Recipe, resume: bool, main: bool) -> None:
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"cannot write to {out}: {reason}; choose a folder that you may write to") from error
+
+
+def finished(out: Path, recipe: Recipe) -> bool:
+    """Whether a run folder holds the model that this recipe has been trained to."""
+    path = out / "recipe.json"
+    if not (path.is_file() and (out / "final.safetensors").is_file()):
+        return False
+    return completed(json.loads(path.read_text())) == json.loads(json.dumps(asdict(recipe)))
 
 
 def completed(recipe: dict[str, Any]) -> dict[str, Any]:

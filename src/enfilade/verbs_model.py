@@ -7,7 +7,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from enfilade.errors import UserError
-from enfilade.options import Count, Flag, MaybeCount, Model, Name, use_threads
+from enfilade.options import Count, Device, Flag, MaybeCount, Model, Name, use_threads
 
 
 @dataclass(frozen=True)
@@ -16,15 +16,44 @@ class Info:
 
     model: Annotated[str | None, arg(metavar="NAME|FILE|RUN", help_behavior_hint="")] = None
     """Tell of this model only: how it was built and trained, and its scores."""
+    profile: Annotated[tuple[str, ...] | None, arg(metavar="[MODEL]", help_behavior_hint="")] = None
+    """Predict on a rendered room with this model, or the default one, and say where the time goes."""
+    size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint="")] = None
+    """With --profile: the room's size; default: 640x480."""
+    crf: Flag = False
+    """With --profile: refine the labels by a dense CRF."""
+    device: Device = None
+    """With --profile: cpu, cuda, cuda:1 ...; default: a GPU where there is one."""
     json: Flag = False
     """Print JSON."""
 
     def run(self) -> int:
         from enfilade.info import info, text
 
+        if self.profile is not None:
+            return self._profile()
+        if self.size is not None or self.crf or self.device is not None:
+            raise UserError("--size, --crf and --device belong to --profile: name it too")
         if self.model is None:
             use_threads()
         found = info(self.model)
+        print(json.dumps(found, indent=1) if self.json else text(found))
+        return 0
+
+    def _profile(self) -> int:
+        models = [*(self.profile or ()), *([] if self.model is None else [self.model])]
+        if len(models) > 1:
+            raise UserError(f"--profile takes one model, not {' and '.join(models)}")
+        size = 640, 480
+        if self.size is not None:
+            sides = self.size.lower().split("x")
+            if len(sides) != 2 or not all(side.isdecimal() for side in sides):
+                raise UserError(f"--size is WIDTHxHEIGHT in pixels, such as 640x480, not {self.size!r}")
+            size = int(sides[0]), int(sides[1])
+        from enfilade.profiling import profile, text
+
+        use_threads()
+        found = profile(*models, size=size, device=self.device, crf=self.crf)
         print(json.dumps(found, indent=1) if self.json else text(found))
         return 0
 

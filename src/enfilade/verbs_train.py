@@ -37,9 +37,9 @@ class Train:
     recipe: Annotated[Positional[str], arg(metavar="RECIPE", help_behavior_hint="")]
     """What to train; `enfilade info` lists the recipes."""
     data: Name
-    """The data set: nyuv2, camvid, sunrgbd, voc2012, frames, rooms, room-files or ssc."""
+    """The data set: nyuv2, camvid, sunrgbd, voc2012, frames, folder, rooms, room-files or ssc."""
     out: Folder
-    """Run folder: its state, models, logs and TensorBoard events."""
+    """Run folder: its state, models and logs."""
     root: MaybeFolder = None
     """Folder of the data (rooms are rendered and need none)."""
     encoder_weights: Weights = None
@@ -64,13 +64,16 @@ class Train:
     """Processes that load data; 0 loads in the training process."""
     threads: MaybeCount = None
     """Threads of the network; default: OMP_NUM_THREADS, or all cores."""
+    track: tuple[Literal["tensorboard", "wandb", "mlflow", "none"], ...] = ("tensorboard",)
+    """Where the curves go, beside log.jsonl; several may be named."""
     quiet: Flag = False
     """Print only the result."""
 
     def run(self) -> int:
-        from enfilade import recipes
+        from enfilade import recipes, trackers
         from enfilade.overrides import override
 
+        trackers.check(self.track)  # rather now than after the data is open
         recipe = override(recipes.get(self.recipe, self.encoder_weights), self.set)
         options = parse_options(self.option)
         if recipe.arguments.get("hha"):
@@ -90,6 +93,7 @@ class Train:
             skip_nonfinite=self.skip_nonfinite,
             save_every=self.save_every,
             workers=self.workers,
+            track=self.track,
             quiet=self.quiet,
         )
         told = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in result.items()}
@@ -102,7 +106,7 @@ class Evaluate(Answering):
     """Score a model on a data set, at the truth's own size; prints a table and writes a report."""
 
     data: Name
-    """The data set: nyuv2, camvid, sunrgbd, voc2012, frames, rooms, room-files or ssc."""
+    """The data set: nyuv2, camvid, sunrgbd, voc2012, frames, folder, rooms, room-files or ssc."""
     root: MaybeFolder = None
     """Folder of the data (rooms are rendered and need none)."""
     split: Name = "val"
@@ -223,7 +227,7 @@ class Reproduce:
     """gad-table4, gad-table5, joint-table2, joint-table3, rsn-table3, imenet-table3, imenet-fig9, lrn-table2 or
     lrn-table4."""
     data: Name
-    """The data set: nyuv2, camvid, sunrgbd, voc2012, frames, rooms, room-files or ssc."""
+    """The data set: nyuv2, camvid, sunrgbd, voc2012, frames, folder, rooms, room-files or ssc."""
     out: Folder
     """Folder for the runs and the table."""
     root: MaybeFolder = None
