@@ -174,7 +174,7 @@ def test_public_names_are_there_whatever_was_imported_first(model, photo):
 def test_predict_writes_what_was_asked_for(capsys, model, photo, tmp_path):
     out = tmp_path / "out"
     assert main(["predict", photo, "--out", str(out), "--model", model, "--files", "labels", "depth"]) == 0
-    assert sorted(p.name for p in out.iterdir()) == ["photo.depth.png", "photo.labels.png"]
+    assert sorted(p.name for p in out.iterdir()) == ["manifest.jsonl", "photo.depth.png", "photo.labels.png"]
     assert cv2.imread(str(out / "photo.depth.png"), cv2.IMREAD_UNCHANGED).dtype == np.uint16
     captured = capsys.readouterr()
     assert "camera assumed" in captured.out
@@ -189,6 +189,39 @@ def test_json_is_all_that_stdout_has(capsys, model, photo, tmp_path):
     assert (done["width"], done["height"], done["camera"]["source"]) == (40, 30, "assumed")
     assert all(Path(file).is_file() for file in done["files"])
     assert sum(done["classes"].values()) == pytest.approx(1)
+
+
+def test_predict_goes_on_where_it_stopped(capsys, model, photo, tmp_path):
+    write_photo(tmp_path / "in" / "second.jpg", seed=1)
+    words = ["predict", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--model", model, "--files", "labels"]
+    assert main([*words, "--shard", "1/2"]) == 0
+    assert "1 done, in " in capsys.readouterr().out
+    assert main(words) == 0
+    first, _, last = capsys.readouterr().out.strip().split("\n")
+    assert first == "1 done before"
+    assert last.startswith("1 done, 1 before, in ")
+    assert main(words) == 0
+    assert capsys.readouterr().out.startswith("2 done before")
+    assert main([*words, "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["before"] == 2
+    assert [Path(d["source"]).name for d in again["done"]] == ["photo.jpg", "second.jpg"]
+    assert main([*words, "--no-flip", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["before"] == 0
+    assert told["done"][0].keys() == again["done"][0].keys()
+    assert main([*words, "--no-resume", "--no-flip"]) == 0
+    assert capsys.readouterr().out.strip().split("\n")[-1].startswith("2 done, in ")
+
+
+def test_shards_and_workers_that_make_no_sense(capsys, model, photo, tmp_path):
+    base = ["predict", photo, "--out", tmp_path / "out", "--model", model]
+    for shard in ("2", "two/8", "1/", "-1/2", "²/3"):
+        fails(capsys, [*base, f"--shard={shard}"], "--shard is I/N")
+    for shard in ("0/2", "3/2"):
+        fails(capsys, [*base, "--shard", shard], f"shard {shard}", "1/8 to 8/8")
+    fails(capsys, [*base, "--workers", "0"], "--workers")
+    fails(capsys, [*base, "--address", "auto"], "engine ray")
 
 
 def bomb(path: Path) -> None:
@@ -237,7 +270,7 @@ def test_good_images_come_out_from_among_bad_ones(capsys, model, tmp_path):
     words = ["predict", str(tmp_path / "in"), "--out", str(out), "--model", model, "--files", "labels", "panel"]
     assert main(words) == 1
     captured = capsys.readouterr()
-    names = {p.name for p in out.iterdir()}
+    names = {p.name for p in out.glob("*.png")}
     assert names == {f"{stem}.{kind}.png" for stem in ("good0", "good1", "dot") for kind in ("labels", "panel")}
     complaints = captured.err.strip().split("\n")
     assert len(complaints) == len(BAD)

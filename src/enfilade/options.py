@@ -15,6 +15,7 @@ import enfilade
 from enfilade.errors import UserError
 
 File = Literal["labels", "depth", "colour", "spread", "overlay", "panel", "arrays", "points"]
+Kind = Literal[File, "ros"]  # with those that are written only where asked for
 Precision = Literal["auto", "fp32", "bf16"]
 Name = Annotated[str, arg(metavar="NAME")]
 Folder = Annotated[str, arg(metavar="DIR")]

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from enfilade import images, labels, viz
+from enfilade import images, labels, ros, viz
 from enfilade.errors import UserError
 from enfilade.types import Prediction
 
 FILES = ("labels", "depth", "colour", "spread", "overlay", "panel", "arrays", "points")
-PICTURES = (".labels.png", ".depth.png", ".colour.png", ".spread.png", ".overlay.png", ".panel.png")
+KINDS = (*FILES, "ros")  # what there is beyond the usual
+PICTURES = (".labels.png", ".depth.png", ".depth.tiff", ".colour.png", ".spread.png", ".overlay.png", ".panel.png")
 PLY_POINTS = 1_000_000  # `save` thins larger clouds by a stride
 
 
@@ -29,11 +30,13 @@ def save(
     * "arrays": `<stem>.npz` with labels, depth (metres), confidence, depth_spread, intrinsics [3, 3], camera_source,
       space, names.
     * "points": `<stem>.ply`, a coloured point cloud in metres, of at most a million points or so.
+    * "ros", only where asked for: `<stem>.depth.tiff` and the camera and the classes as messages of ROS 2, see
+      `ros.save_ros`.
 
     What a prediction lacks is left out. Raises UserError for an unknown kind of file or an unwritable folder.
     """
-    if unknown := [f for f in files if f not in FILES]:
-        raise UserError(f"no such output {', '.join(map(repr, unknown))}: choose among {', '.join(FILES)}")
+    if unknown := [f for f in files if f not in KINDS]:
+        raise UserError(f"no such output {', '.join(map(repr, unknown))}: choose among {', '.join(KINDS)}")
     stem = Path(stem or prediction.name or "image").name
     folder = images.make_folder(folder)
     p, space = prediction, labels.get(prediction.space)
@@ -66,6 +69,8 @@ def save(
     if "points" in files and p.depth is not None and p.camera is not None:
         stride = math.ceil(math.sqrt(p.depth.size / PLY_POINTS))
         viz.write_ply(place("ply"), *viz.points(p, stride))
+    if "ros" in files:
+        written += ros.save_ros(p, folder, stem)
     return written
 
 

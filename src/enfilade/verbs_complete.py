@@ -43,6 +43,8 @@ class Complete:
     """The camera's height above the floor, metres."""
     files: tuple[Output, ...] = get_args(Output)
     """What to write: arrays (NPZ), mesh (PLY), page (HTML)."""
+    rerun: Annotated[str | None, arg(metavar="FILE.rrd", help_behavior_hint="")] = None
+    """Also write the frame and its room as a Rerun recording."""
     device: Device = None
     """cpu, cuda, cuda:1 ...; default: cpu."""
     json: Flag = False
@@ -56,6 +58,11 @@ class Complete:
         if sum(x is not None for x in (self.pose, self.gravity)) > 1:
             raise UserError("give gravity once: by --pose or by --gravity")
         images.make_folder(self.out)
+        recording = None
+        if self.rerun is not None:  # complains before anything is computed
+            from enfilade.rerun_file import RerunFile
+
+            recording = RerunFile(self.rerun)
         image = images.read(self.image)
         height, width = image.rgb.shape[:2]
         camera = None
@@ -69,6 +76,10 @@ class Complete:
         completer = complete.load(self.model, self.device)
         room = completer.complete(image, depth, camera, fov=self.fov, gravity=gravity, height=self.height)
         written = save(room, self.out, stem=Path(self.image).stem, files=self.files, model=self.model)
+        if recording is not None:
+            with recording:
+                recording.room(room)
+            written.append(str(recording.path))
         facts = complete.describe(room) | {"files": written, "peak_megabytes": peak_megabytes()}
         if self.json:
             print(json.dumps(facts, indent=1))
