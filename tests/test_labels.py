@@ -167,3 +167,60 @@ def test_ssc12_is_the_official_one(shared_data):
     assert (labels.mapping("nyu40", "ssc12")[:40] == expected).all()
     same = {"furn": "furniture", "objs": "objects"}
     assert ("empty", *(same.get(n, n) for n in eleven)) == labels.get("ssc12").names
+
+
+# --- classes of one's own ---------------------------------------------------------------------------------------------
+
+
+def test_a_space_of_ones_own_is_written_in_its_name():
+    names = ["wall", "a, b", "50 % #1", "Straße", "night_stand"]
+    colours = [None, "#FF8000", None, "#00ff01", None]
+    space = labels.own(names, colours)
+    again = labels.get(space.name)
+    assert again.names == tuple(names)
+    assert (again.colours == space.colours).all()
+    assert again.colours[[1, 3]].tolist() == [[255, 128, 0], [0, 255, 1]]
+    assert (again.colours[0] == labels.get("nyu40").colours[0]).all()  # an indoor class is drawn as ever
+    code = "import sys; from enfilade import labels; print(labels.get(sys.argv[1]).names == eval(sys.argv[2]))"
+    told = subprocess.run([sys.executable, "-c", code, space.name, repr(tuple(names))], capture_output=True, check=True)
+    assert told.stdout.strip() == b"True"
+
+
+@pytest.mark.parametrize("count", [1, 20, 254])
+def test_own_colours_can_be_told_apart(count):
+    colours = labels.own([f"c{i}" for i in range(count)]).colours
+    lab = cv2.cvtColor(
+        (np.concatenate([colours, np.zeros((1, 3))])[:, None] / 255).astype(np.float32), cv2.COLOR_RGB2LAB
+    )[:, 0]
+    assert pdist(lab).min() > (20 if count <= 20 else 8)
+
+
+def test_own_spaces_map_by_name():
+    table = labels.mapping("nyu40", "own:Night_Stand,mug,wall")
+    assert table[labels.get("nyu40").index("wall")] == 2
+    assert table[labels.get("nyu40").index("night stand")] == 0
+    assert (np.delete(table, [0, labels.get("nyu40").index("night stand")]) == 255).all()
+    assert labels.mapping("own:a,b", "own:b,c,a")[:3].tolist() == [2, 0, 255]
+    assert labels.mapping("own:a,b", "own:a,b")[[0, 1, 255]].tolist() == [0, 1, 255]
+    with pytest.raises(UserError, match="no class of label space 'own:mug' is called as one of 'nyu40'"):
+        labels.mapping("own:mug", "nyu40")
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("own:", "a class has an empty name"),
+        ("own:a,,b", "a class has an empty name"),
+        ("own:a,A", "two classes are called 'a' and 'A'"),
+        ("own:a#12", "class 'a' has the colour '#12'"),
+        ("own:a#ff8000,b#FF8000", "classes 'a' and 'b' both have the colour #ff8000"),
+    ],
+)
+def test_bad_own_spaces(name, sentence):
+    with pytest.raises(UserError, match=sentence):
+        labels.get(name)
+
+
+def test_long_names_are_short_in_sentences():
+    assert labels.short("own:a,b,c,d,e,f") == "own:a,b,c and 3 more"
+    assert labels.short("nyu40") == "nyu40"

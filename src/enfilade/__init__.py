@@ -28,16 +28,18 @@ _PUBLIC = {
     "Batch": "enfilade.types:Batch",
     "open_dataset": "enfilade.data:open_dataset",
     "train": "enfilade.train:train",
+    "finetune": "enfilade.finetune:finetune",
     "evaluate": "enfilade.evaluate:score",
 }
 
 __all__ = ["Batch", "Camera", "Prediction", "Predictor", "Sample"]
-__all__ += ["evaluate", "load", "open_dataset", "predict", "train"]
+__all__ += ["evaluate", "finetune", "load", "open_dataset", "predict", "train"]
 
 if TYPE_CHECKING:
     from enfilade.camera import Camera as Camera
     from enfilade.data import open_dataset as open_dataset
     from enfilade.evaluate import score as evaluate
+    from enfilade.finetune import finetune as finetune
     from enfilade.predict import Predictor as Predictor
     from enfilade.predict import load as load
     from enfilade.predict import predict as predict
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
 
 
 class _Verb(ModuleType):
-    """A module that can be called. `predict`, `train` and `evaluate` are modules and public functions of one name:
+    """A module that can be called. `predict`, `train`, `finetune` and `evaluate` are modules and public functions of one name:
     importing such a module anywhere would put it in the place of the function."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -11,10 +11,12 @@ class UserError(ValueError):
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not in a look-up: the nearest known names, or all of them."""
-    known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    known, name = list(known), str(name)
+    if len(name) > 80:  # nobody's slip of the pen; it may come from a file or over the network
+        name = f"{name[:80]}..."
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:
         hint = f"did you mean {' or '.join(map(repr, near))}?"
     else:
         hint = f"there are {', '.join(known[:20])}{' and more' if len(known) > 20 else ''}"
-    return UserError(f"no {kind} {str(name)!r}; {hint}")
+    return UserError(f"no {kind} {name!r}; {hint}")

@@ -4,19 +4,28 @@ Inside the library labels are 0..C-1 and 255 is ignored, whatever the files of a
 (nyu40, nyu13, sun37, ssc12) give the same class the same colour. Everything is in two visible dicts: `SPACES` and
 `MAPPINGS`.
 
+Classes of one's own need no entry there, because such a space is written in its name: "own:wall,mug,night stand", or
+with a colour, "own:wall,mug#ff8000". Wherever a space is named (a model file, a prediction, a recipe, an option of a
+reader) such a name will do, in any process, and `own` makes it.
+
 This module imports NumPy and the standard library only, so that the command line can use it at start.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from urllib.parse import unquote
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from enfilade.errors import UserError, unknown
 
 IGNORE = 255
+OWN = "own:"  # what the names of one's own spaces begin with
+MOST = 254  # classes of a space: 255 is ignored, and 254 is left free
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +46,7 @@ class LabelSpace:
     def index(self, name: str) -> int:
         """The number of the class called `name`; an unknown name raises `UserError` and names the nearest one."""
         if name not in self.names:
-            raise unknown(f"{self.name} class", name, self.names)
+            raise unknown(f"{short(self.name)} class", name, self.names)
         return self.names.index(name)
 
     def colourise(self, labels: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
@@ -158,10 +167,109 @@ SPACES: dict[str, LabelSpace] = {
 
 
 def get(name: str) -> LabelSpace:
-    """The label space called `name`; an unknown name raises `UserError` and names the nearest one."""
+    """The label space called `name`: a key of `SPACES`, or classes of one's own, "own:wall,mug,plate". An unknown name
+    raises `UserError` and names the nearest one."""
+    if name.startswith(OWN):
+        return _own(name)
     if name not in SPACES:
         raise unknown("label space", name, SPACES)
     return SPACES[name]
+
+
+# --- classes of one's own ---------------------------------------------------------------------------------------------
+
+
+def own(names: Sequence[str], colours: Sequence[str | None] | None = None) -> LabelSpace:
+    """The label space of these classes, called "own:" and what they are.
+
+    `colours` are "#rrggbb", or None for a class that may be drawn in any: one of an indoor class then has that class's
+    colour, others are as far from each other as they can be.
+
+    Raises:
+        UserError: no class, more than 254, an empty name, a name twice (case and underscores do not tell names apart),
+            something that is no colour, a colour twice.
+    """
+    given = [None] * len(names) if colours is None else list(colours)
+    if len(given) != len(names):
+        raise ValueError(f"{len(names)} classes have {len(given)} colours")
+    if not 1 <= len(names) <= MOST:
+        raise UserError(f"a label space has 1 to {MOST} classes, not {len(names)}")
+    seen: dict[str, str] = {}
+    for name, colour in zip(names, given):
+        if not plain(name):
+            raise UserError("a class has an empty name: give every class one")
+        if plain(name) in seen:
+            raise UserError(f"two classes are called {seen[plain(name)]!r} and {name!r}: give each its own name")
+        seen[plain(name)] = name
+        if colour is not None and not re.fullmatch("#[0-9a-fA-F]{6}", colour):
+            raise UserError(f"class {name!r} has the colour {colour!r}: write it as #rrggbb, for example #ff8000")
+    wanted = [None if c is None else c.lower() for c in given]
+    table = _colours(names, [None if c is None else tuple(bytes.fromhex(c[1:])) for c in wanted])
+    parts = (re.sub("[%,#]", lambda m: f"%{ord(m[0]):02X}", n.strip()) + (c or "") for n, c in zip(names, wanted))
+    return _space(OWN + ",".join(parts), [n.strip() for n in names], table)
+
+
+@lru_cache(maxsize=64)
+def _own(name: str) -> LabelSpace:
+    parts = [part.partition("#") for part in name.removeprefix(OWN).split(",")]
+    return own([unquote(n) for n, _, _ in parts], ["#" + colour if mark else None for _, mark, colour in parts])
+
+
+def plain(name: str) -> str:
+    """A class's name as it is compared: "Night_Stand" is "night stand"."""
+    return " ".join(re.split(r"[\s_-]+", name.casefold())).strip()
+
+
+def short(space: str) -> str:
+    """The name of a label space for a sentence: of many classes of one's own, the first three."""
+    names = space.removeprefix(OWN).split(",")
+    return space if len(names) <= 4 else f"{OWN}{','.join(names[:3])} and {len(names) - 3} more"
+
+
+def counterparts(source: LabelSpace, target: LabelSpace) -> dict[int, int]:
+    """The classes of `source` that are called as one of `target`, by their numbers in both."""
+    of = {plain(name): i for i, name in enumerate(target.names)}
+    return {i: of[plain(name)] for i, name in enumerate(source.names) if plain(name) in of}
+
+
+def _colours(names: Sequence[str], given: Sequence[tuple[int, ...] | None]) -> list[tuple[int, ...]]:
+    """What is given; then the colours of the indoor classes; then, one after the other, the candidate farthest from all
+    that are taken, black among them (it is "ignored")."""
+    chosen = list(given)
+    if len({c for c in chosen if c is not None}) < sum(c is not None for c in chosen):
+        twice = next(c for c in chosen if c is not None and chosen.count(c) > 1)
+        first, second = [name for name, c in zip(names, chosen) if c == twice][:2]
+        raise UserError(f"classes {first!r} and {second!r} both have the colour #{bytes(twice).hex()}: change one")
+    grid = np.stack(np.meshgrid(*[np.linspace(20, 255, 9).round()] * 3, indexing="ij"), -1).reshape(-1, 3)
+    candidates, nearest = _lab(grid), np.full(len(grid), np.inf)
+
+    def take(colour: tuple[int, ...]) -> None:
+        nearest[:] = np.minimum(nearest, np.linalg.norm(candidates - _lab(np.array([colour], float)), axis=1))
+
+    for colour in [(0, 0, 0), *(c for c in chosen if c is not None)]:
+        take(colour)
+    for i, name in enumerate(names):
+        usual = _NYU40.get(_SAME_COLOUR.get(plain(name), plain(name)))
+        colour = None if usual is None else tuple(bytes.fromhex(usual))
+        if chosen[i] is None and colour is not None and colour not in chosen:
+            chosen[i] = colour
+            take(colour)
+    filled = []
+    for colour in chosen:
+        filled.append(colour or tuple(int(v) for v in grid[nearest.argmax()]))
+        if colour is None:
+            take(filled[-1])
+    return filled
+
+
+def _lab(rgb: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3"]:
+    """CIELAB (D65) of sRGB colours of 0 to 255."""
+    c = rgb / 255
+    linear = np.where(c > 0.04045, ((c + 0.055) / 1.055) ** 2.4, c / 12.92)
+    xyz = linear @ np.array([[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192], [0.1805, 0.0722, 0.9505]])
+    t = xyz / [0.9505, 1.0, 1.089]
+    f = np.where(t > (6 / 29) ** 3, np.cbrt(t), t * (29 / 6) ** 2 / 3 + 4 / 29)
+    return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
 
 
 # --- mappings ---------------------------------------------------------------------------------------------------------
@@ -235,6 +343,8 @@ def mapping(source: str, target: str) -> UInt8[np.ndarray, "256"]:
     """A look-up table: `mapping("nyu40", "nyu13")[labels]` are the labels in the coarser space. 255 stays 255; a class
     without a counterpart becomes 255. Tables are read-only. A pair without a mapping raises `UserError`.
 
+    * classes of one's own -> any space, and the other way: by name; a pair of spaces without a common name has no
+      mapping.
     * nyu40 -> nyu13 follows class13Mapping.mat.
     * nyu40 -> sun37 keeps the first 37 classes; otherstructure, otherfurniture and otherprop have no counterpart.
     * nyu40 -> ssc12 and sun37 -> ssc12 follow the two tables of SSCNet's ClassMapping.mat, one after the other (nyu40
@@ -244,10 +354,23 @@ def mapping(source: str, target: str) -> UInt8[np.ndarray, "256"]:
       are furniture; otherstructure is objects.
     """
     source, target = get(source).name, get(target).name
+    if OWN in (source[: len(OWN)], target[: len(OWN)]):
+        return _by_name(source, target)
     if (source, target) not in MAPPINGS:
         known = ", ".join(f"{a} -> {b}" for a, b in MAPPINGS if a != b)
         raise UserError(f"no mapping from label space {source!r} to {target!r}; there are {known}")
     return MAPPINGS[source, target]
+
+
+@lru_cache(maxsize=64)
+def _by_name(source: str, target: str) -> np.ndarray:
+    common = counterparts(get(source), get(target))
+    if not common:
+        raise UserError(f"no class of label space {short(source)!r} is called as one of {short(target)!r}")
+    table = np.full(256, IGNORE, np.uint8)
+    table[list(common)] = list(common.values())
+    table.setflags(write=False)
+    return table
 
 
 def nyu894_to_40(path: str | os.PathLike) -> UInt8[np.ndarray, "895"]:

@@ -14,6 +14,7 @@ from enfilade.verbs_data import (
     DataVoxels,
     DataWeights,
 )
+from enfilade.verbs_finetune import Finetune
 from enfilade.verbs_model import Export, Info
 from enfilade.verbs_predict import Demo, Predict, Refine
 from enfilade.verbs_serve import Serve
@@ -22,6 +23,7 @@ from enfilade.verbs_train import Evaluate, Reproduce, Train
 Verb = (
     Predict
     | Train
+    | Finetune
     | Evaluate
     | Reproduce
     | DataPrepare
@@ -43,6 +45,7 @@ Verb = (
 VERBS: dict[str, type[Verb]] = {
     "predict": Predict,
     "train": Train,
+    "finetune": Finetune,
     "evaluate": Evaluate,
     "reproduce": Reproduce,
     "data prepare": DataPrepare,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 READERS = {
     "nyuv2": "enfilade.data.nyuv2:NYUv2",
+    "folder": "enfilade.data.folder:Folder",
     "frames": "enfilade.data.frames:Frames",
     "rooms": "enfilade.data.rooms:Rooms",
     "room-files": "enfilade.data.room_files:RoomFiles",
