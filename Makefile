@@ -1,5 +1,6 @@
 # make demo [IMAGE=photo.jpg]   a rendered room (and a photo of yours), labelled and measured, into demo/
 # make test                     everything that passes without a GPU
+# make check-docs               runs what README and quick start tell to run, some minutes
 # make lint | docs | bench | clean
 #
 # Without an active virtual environment, one is made in .venv with $(PYTHON).
@@ -7,12 +8,13 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench clean
+.PHONY: help demo test check-docs lint docs bench clean
 
 PYTHON ?= python3
 IMAGE ?=
 OUT ?= demo
 SEED ?= 12
+PAGES ?=
 
 ifdef VIRTUAL_ENV
 VENV := $(VIRTUAL_ENV)
@@ -58,6 +60,9 @@ test: export OMP_NUM_THREADS := 1
 test: export NUMBA_NUM_THREADS := 1
 test: $(STAMP)-dev
 	@$(PY) -m pytest -q -n 2 -m 'not gpu' $(TESTS)
+
+check-docs: $(STAMP)-dev
+	@$(PY) docs/check.py $(PAGES)
 
 lint: $(STAMP)-dev
 	@$(PY) -m ruff check .

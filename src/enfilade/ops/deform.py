@@ -1,7 +1,7 @@
 """Deformable convolution of volumes: every kernel tap samples where its own offset says.
 
 * Dai, Qi, Xiong, Li, Zhang, Hu, Wei: Deformable convolutional networks, ICCV 2017, Eqs. (2) to (4), here in 3-D
-* Li, Ding, Li, Huang: IMENet, IJCAI 2021, Sections 3.4 and 3.5 (the use)
+* Li, Ding, Huang: IMENet, IJCAI 2021, Sections 3.4 and 3.5 (the use)
 
     offsets = head(x)                                           # b 81 x y z: 3 numbers for each of 27 taps
     y = deform_conv3d(x, offsets, weight, bias, dilation=2)     # b o x y z
@@ -191,6 +191,26 @@ def _reference(x, offsets, weight, bias, g: Geometry, groups: int, offset_groups
         else:
             out = out + _convolve_tap(_sample_corners, *args)
     return out
+
+
+def in_plain_operators(x, offsets, weight, bias, stride, padding, dilation, groups, offset_groups) -> Tensor:
+    """The operator `enfilade::deform_conv3d` in few operations that other programs have: one `grid_sample` for all taps
+    and one matrix product. For exported networks, whose sizes may be symbols; its memory grows with the taps."""
+    b, (outputs, _, *kernel), (*_, i, j, k) = x.shape[0], weight.shape, offsets.shape
+    steps = offsets.reshape(b * offset_groups, -1, 3, i, j, k)
+    taps = torch.cartesian_prod(*(torch.arange(n) for n in kernel)).T
+    places = []
+    for axis, out in enumerate((i, j, k)):
+        first = torch.arange(out).view([-1 if a == axis else 1 for a in range(3)]) * stride[axis] - padding[axis]
+        position = (first + dilation[axis] * taps[axis].view(-1, 1, 1, 1)) + steps[:, :, axis]
+        size = x.shape[2 + axis]
+        position = position.clamp(min=-2).clamp(max=size + 1)  # beyond the volume all is 0, however far
+        places.append((2 * position + 1) / size - 1)
+    at = torch.stack(places[::-1], -1).reshape(b * offset_groups, -1, j, k, 3)
+    found = F.grid_sample(x.reshape(b * offset_groups, -1, *x.shape[2:]), at, align_corners=False)
+    matrix = weight.reshape(groups, outputs // groups, -1)
+    answer = (matrix @ found.reshape(b, groups, -1, i * j * k)).reshape(b, outputs, i, j, k)
+    return answer if bias is None else answer + bias[:, None, None, None]
 
 
 # ------------------------------------------------------------------------------------------------------ the operator

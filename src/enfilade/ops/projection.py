@@ -1,6 +1,6 @@
 """Features from pixels to voxels and back, with gradients.
 
-* Li, Ding, Li, Huang: IMENet: Joint 3D semantic scene completion and 2D semantic segmentation through iterative mutual
+* Li, Ding, Huang: IMENet: Joint 3D semantic scene completion and 2D semantic segmentation through iterative mutual
   enhancement, IJCAI 2021, Section 3 (the projections p between the two branches)
 
     voxels = torch.from_numpy(ops.voxels.pixel_voxels(depth, camera, grid.coarse()))[None]        # b h w
@@ -62,7 +62,7 @@ def to_pixels(volume: Float[Tensor, "b c x y z"], voxels: Integer[Tensor, "_ _ _
 
     The adjoint of summing over the pixels of a voxel. Raises UserError where the batches differ or a number is outside
     the volume."""
-    if len(volume) != len(voxels):
+    if volume.shape[0] != voxels.shape[0]:  # not len: an exported network takes any batch
         raise UserError(f"a batch of {len(volume)} volumes cannot be seen in a batch of {len(voxels)} images")
     _demand_range(voxels, volume[0, 0].numel(), "voxel", "a volume")
     return _gather(volume.flatten(2), voxels.flatten(1)).unflatten(2, voxels.shape[1:])
@@ -71,18 +71,22 @@ def to_pixels(volume: Float[Tensor, "b c x y z"], voxels: Integer[Tensor, "_ _ _
 def along_rays(features: Float[Tensor, "b c h w"], pixels: Integer[Tensor, "_ x y z"]) -> Float[Tensor, "b c x y z"]:
     """Every voxel in view gets the features of its pixel, hidden ones too; 0 where `pixels` (`voxels.voxel_pixels`) is
     -1. Raises UserError where the batches differ or a number is outside the image."""
-    if len(features) != len(pixels):
+    if features.shape[0] != pixels.shape[0]:
         raise UserError(f"a batch of {len(features)} images cannot be cast into a batch of {len(pixels)} volumes")
     _demand_range(pixels, features[0, 0].numel(), "pixel", "an image")
     return _gather(features.flatten(2), pixels.flatten(1)).unflatten(2, pixels.shape[1:])
 
 
 def _demand_range(index: Tensor, count: int, what: str, where: str) -> None:
+    if torch.compiler.is_exporting():  # an exported network cannot complain
+        return
     if index.device.type == "cpu" and index.numel() and int(index.max()) >= count:  # elsewhere it would cost a wait
         raise UserError(f"{what} {int(index.max())} is outside {where} of {count} {what}s: is it of another size?")
 
 
 def _compiled(values: Tensor) -> bool:
+    if torch.compiler.is_exporting():  # a network that is exported is of torch operations only
+        return False
     return values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
 
 
@@ -93,6 +97,9 @@ def _to_voxels_torch(features: Tensor, voxels: Tensor, count: int, largest: bool
     """`to_voxels` of b c n features, in torch operations: for other devices and types, and to check the loops."""
     index = torch.where(voxels < 0, count, voxels).long()[:, None].expand_as(features)
     out = features.new_zeros(*features.shape[:2], count + 1)
+    if torch.compiler.is_exporting() and not largest:  # ONNX has sums, and no means
+        pixels = out[:, :1].scatter_add(2, index[:, :1], torch.ones_like(features[:, :1]))
+        return (out.scatter_add(2, index, features) / pixels.clamp(min=1))[..., :count]
     out = out.scatter_reduce(2, index, features, "amax" if largest else "mean", include_self=False)
     return out[..., :count]
 
