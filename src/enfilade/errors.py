@@ -12,8 +12,8 @@ class UserError(ValueError):
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not in a look-up: the nearest known names, or all of them."""
     known, name = list(known), str(name)
-    if len(name) > 80:  # nobody's slip of the pen; it may come from a file or over the network
-        name = f"{name[:80]}..."
+    if len(name) > 200:  # nobody's slip of the pen; it may come from a file or over the network
+        name = f"{name[:200]}..."
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:
         hint = f"did you mean {' or '.join(map(repr, near))}?"
