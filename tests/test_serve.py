@@ -300,9 +300,47 @@ def test_bad_images(client, image, want):
 
 
 def test_a_missing_image(client):
-    assert "image is missing" in sentence(client.post("/predict", data={"model": "other"}), 422)
-    assert "image" in sentence(client.post("/predict", files={"other": b"x"}), 422)
-    assert "image" in sentence(client.post("/predict", json={"image": "/etc/passwd"}), 422)
+    assert "image is missing" in sentence(client.post("/predict", files={"other": b"x"}), 422)
+    assert "image" in sentence(client.post("/predict", files={"image": (None, "/etc/passwd")}), 422)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        ("", 415),
+        ("application/json", 415),
+        ("application/x-www-form-urlencoded", 415),
+        ("multipart/mixed; boundary=x", 415),
+        ("multipart/form-data; boundary=x; charset=punycode", 415),  # takes minutes for a field of a megabyte
+        ("multipart/form-data; boundary=x; charset=utf-8; charset=punycode", 415),
+        ("multipart/form-data; boundary=x; charset*=utf-8''punycode", 415),
+        ("multipart/form-data", 400),
+        ("multipart/form-data; boundary=x; charset=utf-8", 200),
+        ('Multipart/Form-Data; Charset="UTF-8"; boundary=x', 200),
+    ],
+)
+def test_bodies_that_are_no_forms(client, kind, status):
+    body = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n' + photo() + b"\r\n--x--\r\n"
+    answer = client.post("/predict", content=body, headers={"Content-Type": kind})
+    assert answer.status_code == status
+    if status != 200:
+        assert sentence(answer, status)
+    assert client.post("/metrics", content=body, headers={"Content-Type": kind}).status_code == 405
+
+
+def test_a_jpeg_of_endless_scans(client):
+    """Each costs a pass over the picture, and 20 bytes."""
+    data = io.BytesIO()
+    PIL.Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)).save(data, "JPEG", progressive=True)
+    jpeg = data.getvalue()
+    assert post(client, image=jpeg).status_code == 200
+    scan = jpeg[jpeg.rindex(b"\xff\xda") : -2]
+    assert post(client, image=jpeg[:-2] + 100 * scan + jpeg[-2:]).status_code == 200
+    assert "500 scans" in sentence(post(client, image=jpeg[:-2] + 501 * scan + jpeg[-2:]), 422)
+
+
+def test_a_long_name_is_not_told_back(client):
+    assert len(sentence(post(client, model="x" * 100_000), 422)) < 300
 
 
 @pytest.mark.parametrize(
@@ -666,6 +704,10 @@ def test_openapi_names_the_routes_and_fields(client):
     assert {"/predict", "/complete", "/health", "/models", "/metrics"} <= set(told["paths"])
     assert set(told["paths"]["/predict"]["post"]["responses"]["200"]["content"]) >= {"image/png", "application/x-ply"}
     assert "fov" in json.dumps(told["components"])
+    for path in ("/predict", "/complete"):
+        documented = told["paths"][path]["post"]["responses"]
+        assert {"400", "406", "408", "413", "415", "422", "500", "503", "504"} <= set(documented)
+    assert "text/plain" in told["paths"]["/metrics"]["get"]["responses"]["200"]["content"]
 
 
 def test_settings_that_make_no_sense():

@@ -246,19 +246,27 @@ def _rgb_from_array(array: np.ndarray) -> Float32[np.ndarray, "h w 3"]:
     if array.size == 0:
         raise UserError(f"an image array needs at least one pixel, its shape is {list(array.shape)}")
     if array.dtype in (np.uint8, np.uint16):
-        values = np.divide(array, np.iinfo(array.dtype).max, dtype=np.float32)
+        most = np.iinfo(array.dtype).max
     elif array.dtype == bool:
-        values = array.astype(np.float32)
+        most = 1
     elif np.issubdtype(array.dtype, np.floating):
         low, high = float(array.min()), float(array.max())
         if not (low >= -1e-3 and high <= 1 + 1e-3):  # also NaN; interpolation may overshoot by a hair
             raise UserError(f"a float image lies in [0, 1], this one in [{low:g}, {high:g}]: scale it first")
-        values = np.clip(array, 0, 1, dtype=np.float32, casting="unsafe")
+        most = None
     else:
         raise UserError(f"an image array holds uint8, uint16, bool or float, not {array.dtype}")
-    if values.shape[2] == 4:
-        alpha = values[..., 3:]
-        values = values[..., :3] * alpha + (1 - alpha)
+
+    def scaled(part: np.ndarray) -> np.ndarray:
+        if most is None:
+            return np.clip(part, 0, 1, dtype=np.float32, casting="unsafe")
+        return np.divide(part, most, dtype=np.float32)
+
+    values = scaled(array[..., :3])
+    if array.shape[2] == 4:  # in place: 12 bytes a pixel are many
+        alpha = scaled(array[..., 3:])
+        values *= alpha
+        values += np.subtract(1, alpha, out=alpha)
     return np.ascontiguousarray(np.broadcast_to(values, (*values.shape[:2], 3)))
 
 

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import FastAPI, File, Form, HTTPException, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 import enfilade
@@ -179,18 +179,22 @@ def _errors(app: FastAPI) -> None:
         return told(500, FAULT)
 
 
-def _documented(media: Sequence[str]) -> dict[int | str, dict[str, Any]]:
+def _documented(media: Sequence[str], more: Mapping[int, str] | None = None) -> dict[int | str, dict[str, Any]]:
     """Answers for /openapi.json."""
     error = {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]}
     why = {
+        400: "A body that is no form",
         406: "No such format",
+        408: "The body did not arrive in time",
         413: "Too many bytes",
+        415: "A body of another type",
         422: "An input that does not fit",
         500: "A fault of the server",
         503: "The queue is full: see Retry-After",
         504: "It took too long",
     }
     answers: dict[int | str, dict[str, Any]] = {200: {"content": {name: {} for name in media}}}
+    why |= more or {}
     return answers | {k: {"description": v, "content": {"application/json": {"schema": error}}} for k, v in why.items()}
 
 
@@ -244,7 +248,8 @@ def create_app(settings: Settings, *, predictors: Mapping[str, Any] | None = Non
         lifespan=lifespan,
     )
     app.state.worker, app.state.metrics = worker, metrics
-    app.add_middleware(BodyLimit, limit=settings.bytes, timeout=settings.timeout, uploads=settings.uploads)
+    limits: dict[str, Any] = {"limit": settings.bytes, "timeout": settings.timeout, "uploads": settings.uploads}
+    app.add_middleware(BodyLimit, **limits, forms=("/predict", "/complete"))
     app.add_middleware(Watch, metrics=metrics, routes=ROUTES)  # the outer one
     _errors(app)
 
@@ -320,7 +325,7 @@ def create_app(settings: Settings, *, predictors: Mapping[str, Any] | None = Non
 
         return await work(request, prepare, finish)
 
-    @app.post("/complete", responses=_documented(list(COMPLETE)), response_class=Response)
+    @app.post("/complete", responses=_documented(list(COMPLETE), {404: "No completion model"}), response_class=Response)
     async def complete(
         request: Request,
         image: Photo,
@@ -362,7 +367,7 @@ def create_app(settings: Settings, *, predictors: Mapping[str, Any] | None = Non
 
         return await work(request, prepare, finish)
 
-    @app.get("/health")
+    @app.get("/health", responses={503: {"description": "The service is stopping"}})
     async def health() -> JSONResponse:
         """Whether requests are taken."""
         well = worker.alive and not worker.stopping
@@ -382,7 +387,7 @@ def create_app(settings: Settings, *, predictors: Mapping[str, Any] | None = Non
         limits, and the 256 colours of depth from near to far (hexadecimal RGB)."""
         return JSONResponse(facts)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def counted() -> Response:
         """Prometheus' text format."""
         return Response(metrics.text(), headers={"Content-Type": TYPE})

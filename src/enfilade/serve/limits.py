@@ -7,7 +7,9 @@ header) before a pixel of it is decoded.
 import asyncio
 import io
 import math
+import re
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +25,9 @@ from enfilade.errors import UserError
 
 NAME = "photo"  # of every image: the file name that a browser sends is not looked at
 PNG = b"\x89PNG\r\n\x1a\n"
+# Of a JPEG: each may cost as much as a picture, and be 20 bytes long. Photos have 1 to 20; but what is stored behind
+# a picture, a video for one, has the same two bytes by chance, about 15 times in a megabyte.
+SCANS = 500
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
@@ -61,18 +66,33 @@ class Settings:
             raise UserError(f"images of more than {images.PIXEL_LIMIT / 1e6:g} megapixels are never decoded")
 
 
+def demand_form(content_type: bytes) -> str | None:
+    """Why a body of this Content-Type is not read, or None. A form may name the charset of its fields, and some that
+    Python knows take time that grows with the square of a field's length: no other than the usual ones."""
+    if content_type.split(b";")[0].strip().lower() != b"multipart/form-data":
+        return "the body must be multipart/form-data with the photo as its field image"
+    named = re.findall(rb"charset", content_type, re.IGNORECASE)
+    usual = re.findall(rb';\s*charset="?(?:utf-?8|us-ascii)"?\s*(?=;|$)', content_type, re.IGNORECASE)
+    return None if len(named) == len(usual) else "the fields of a form are UTF-8: leave its charset out"
+
+
 class BodyLimit:
     """ASGI middleware: bodies of more than `limit` bytes are refused (413) while they arrive, those that take longer
-    than `timeout` seconds to arrive too (408), and more than `uploads` at once (503)."""
+    than `timeout` seconds to arrive too (408), and more than `uploads` at once (503). What is posted to the paths
+    `forms` must be a form (415)."""
 
-    def __init__(self, app: ASGIApp, *, limit: int, timeout: float, uploads: int):
-        self.app, self.limit, self.timeout, self.uploads = app, limit, timeout, uploads
+    def __init__(self, app: ASGIApp, *, limit: int, timeout: float, uploads: int, forms: Collection[str] = ()):
+        self.app, self.limit, self.timeout, self.uploads, self.forms = app, limit, timeout, uploads, frozenset(forms)
         self.arriving = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        stated = dict(scope["headers"]).get(b"content-length", b"")
+        headers = dict(scope["headers"])
+        stated = headers.get(b"content-length", b"")
+        form = scope["method"] == "POST" and scope["path"] in self.forms
+        if form and (problem := demand_form(headers.get(b"content-type", b""))) is not None:
+            return await self._refuse(415, problem, scope, receive, send)
         if stated.isdigit() and int(stated) > self.limit:
             return await self._refuse(413, self._too_large(), scope, receive, send)
         if scope["method"] == "POST" and self.arriving >= self.uploads:
@@ -118,6 +138,8 @@ def read_image(data: bytes, limit: int) -> images.Image:
     known = data.startswith((PNG, b"\xff\xd8\xff")) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
     if not known and not (data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS):
         raise UserError("the image is neither PNG nor JPEG nor WebP: convert it")
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > SCANS:
+        raise UserError(f"the image is a JPEG of more than {SCANS} scans, too many to decode safely: save it anew")
     return images.read(data, name=NAME, limit=limit)
 
 

@@ -7,7 +7,8 @@ const canvases = ["photo", "labels", "depth"].map($);
 const LONGEST = 1280; // pixels of a canvas; what is read at the pointer has the photo's own resolution
 let served = null; // the answer of /models
 let ramp = []; // colours of depth, near to far
-let photo = null; // the file that is shown, and how it was sent
+let newest = null; // the file that was chosen last, and how it was sent
+let photo = null; // the same of what is shown: downloads ask for it again
 let shown = null; // {width, height, labels, metres, classes, at}
 let asked = 0; // the newest request: answers to older ones are dropped
 let stream = null;
@@ -15,15 +16,16 @@ let stream = null;
 // ------------------------------------------------------------------------------------------------------------ requests
 
 function say(text, bad = false) {
-  $("state").textContent = text;
+  const sentence = text.charAt(0).toUpperCase() + text.slice(1);
+  $("state").textContent = /^$|[.…]$/.test(sentence) ? sentence : `${sentence}.`;
   $("state").classList.toggle("bad", bad);
 }
 
-async function post(accept) {
+async function post({ file, model, fov }, accept) {
   const body = new FormData();
-  body.append("image", photo.file, "photo");
-  body.append("model", photo.model);
-  if (photo.fov) body.append("fov", photo.fov);
+  body.append("image", file, "photo");
+  body.append("model", model);
+  if (fov) body.append("fov", fov);
   let answer;
   try {
     answer = await fetch("predict", { method: "POST", body, headers: { Accept: accept } });
@@ -38,17 +40,16 @@ async function post(accept) {
 async function predict(file) {
   if (!file || !served) return;
   const mine = ++asked;
-  photo = { file, model: $("model").value, fov: $("fov").value };
-  if (file.size > served.limits.megabytes * 1e6) {
-    return say(`This photo is larger than ${served.limits.megabytes} MB.`, true);
-  }
+  const sent = (newest = { file, model: $("model").value, fov: $("fov").value });
   say("Looking at the photo …");
   $("main").setAttribute("aria-busy", "true");
   try {
-    const answer = await (await post("application/json")).json();
+    const most = served.limits.megabytes;
+    if (file.size > most * 1e6) throw new Error(`This photo is larger than ${most} MB.`);
+    const answer = await (await post(sent, "application/json")).json();
     const [labels, depth] = await Promise.all(["labels", "depth"].map((name) => map(answer.images[name])));
     const picture = await createImageBitmap(file).catch(() => null); // such as HEIC where only Safari can
-    if (mine === asked) show(answer, labels, depth, picture);
+    if (mine === asked) show(sent, answer, labels, depth, picture);
   } catch (error) {
     if (mine === asked) say(error.message, true);
   } finally {
@@ -60,7 +61,7 @@ async function download(button) {
   button.disabled = true;
   try {
     const link = document.createElement("a");
-    link.href = URL.createObjectURL(await (await post(button.dataset.type)).blob());
+    link.href = URL.createObjectURL(await (await post(photo, button.dataset.type)).blob());
     link.download = button.dataset.name;
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10000);
@@ -128,19 +129,23 @@ function paint(canvas, colour) {
   canvas.getContext("2d").putImageData(picture, 0, 0);
 }
 
-function show(answer, labels, millimetres, picture) {
+function show(sent, answer, labels, millimetres, picture) {
+  photo = sent;
   const classes = served.models.find((model) => model.name === answer.model).classes;
   const { width, height } = answer;
   shown = { width, height, labels, millimetres, classes, at: null };
   $("result").hidden = false;
   document.body.classList.add("done");
-  $("hint").textContent = "Another photo: drop it here, or";
+  hint("Another photo: drop it here, or", "Another photo");
   const scale = Math.min(1, LONGEST / Math.max(width, height));
   for (const canvas of canvases) {
     canvas.width = Math.max(1, Math.round(width * scale));
     canvas.height = Math.max(1, Math.round(height * scale));
   }
   const context = $("photo").getContext("2d");
+  context.fillStyle = "#fff"; // as the service lays what is transparent over white
+  context.fillRect(0, 0, $("photo").width, $("photo").height);
+  context.fillStyle = "#000";
   if (picture) context.drawImage(picture, 0, 0, $("photo").width, $("photo").height);
   else context.fillText("This browser cannot show the photo.", 8, 20);
   $("labelled").hidden = !labels;
@@ -168,6 +173,11 @@ function show(answer, labels, millimetres, picture) {
   for (const button of $("downloads").querySelectorAll("[data-type$=ply]")) button.hidden = !millimetres;
   room();
   point(Math.floor(width / 2), Math.floor(height / 2));
+}
+
+// Nobody drops a file with a finger.
+function hint(mouse, finger) {
+  $("hint").textContent = matchMedia("(pointer: coarse)").matches ? finger : mouse;
 }
 
 function legend(answer, classes) {
@@ -286,12 +296,23 @@ for (const type of ["dragenter", "dragover", "dragleave", "drop"]) {
   window.addEventListener(type, (event) => {
     event.preventDefault();
     $("drop").classList.toggle("over", type === "dragenter" || type === "dragover");
-    if (type === "drop") predict([...event.dataTransfer.files].find((file) => file.type.startsWith("image/")));
+    // Systems that do not know a type, such as HEIC, leave it empty: the service will tell
+    if (type === "drop") {
+      const files = [...event.dataTransfer.files];
+      predict(files.find((file) => file.type.startsWith("image/")) || files[0]);
+    }
   });
 }
 window.addEventListener("paste", (event) => predict(event.clipboardData.files[0]));
-for (const id of ["model", "fov"]) $(id).addEventListener("change", () => photo && predict(photo.file));
+for (const id of ["model", "fov"]) {
+  $(id).addEventListener("change", () => {
+    if (newest && newest[id] !== $(id).value) predict(newest.file);
+  });
+}
 for (const button of document.querySelectorAll("[data-type]")) button.addEventListener("click", () => download(button));
+
+$("room").addEventListener("submit", () => say("The room opens in a new tab as soon as it is complete."));
+hint("Drop a photo of a room here, or", "A photo of a room");
 
 fetch("models")
   .then((answer) => answer.json())
