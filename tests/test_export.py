@@ -16,7 +16,7 @@ from timm.layers import Conv2dSame
 from torch import nn
 
 import enfilade
-from enfilade import checkpoint, export, labels
+from enfilade import checkpoint, export, export_check, export_graph, export_onnx, export_torch, labels
 from enfilade.checkpoint import Loaded
 from enfilade.cli import main
 from enfilade.errors import UserError
@@ -72,17 +72,17 @@ def agree(session, network: nn.Module, inputs: dict[str, np.ndarray]) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _unchecked_while_traced():
     """Annotations are enforced in tests. While torch traces a network, sizes are symbols, and no `int`."""
-    original = export.to_onnx
 
-    def to_onnx(*arguments):
+    def trace(predictor):
         jaxtyping.config.update("jaxtyping_disable", True)
         try:
-            return original(*arguments)
+            return export_graph.trace(predictor)
         finally:
             jaxtyping.config.update("jaxtyping_disable", False)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "to_onnx", to_onnx)
+        patch.setattr(export_onnx, "trace", trace)
+        patch.setattr(export_torch, "trace", trace)
         yield
 
 
@@ -166,7 +166,7 @@ def test_a_crf_is_left_out_on_request(tmp_path):
     )
     for head in network.depth:
         head.weight.data *= 100  # untrained, it answers all but the same everywhere
-    with pytest.raises(UserError, match="ends in a dense CRF, which ONNX cannot express"):
+    with pytest.raises(UserError, match="ends in a dense CRF, whose permutohedral lattice has no operator in ONNX"):
         export.export(Loaded(network, META), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
     export.export(Loaded(network, META), tmp_path / "m.onnx", check=False, crf=False)
@@ -196,14 +196,14 @@ def test_constant_padding_is_that_of_timm_for_whole_strides(kernel, stride, dila
     conv = Conv2dSame(4, 6, kernel, stride=stride, dilation=dilation, groups=2)
     for height, width in [(8, 16), (20, 12)]:
         x = torch.randn(2, 4, height, width)
-        assert torch.equal(export.convolve_same(conv, x), conv(x))
+        assert torch.equal(export_graph.convolve_same(conv, x), conv(x))
 
 
 def test_export_leaves_the_network_as_it_was(exported, gad):
     conv = next(m for m in gad.network.modules() if isinstance(m, Conv2dSame))
     with torch.no_grad():  # of an odd map, where the constant padding gives a row less
         assert conv(torch.rand(1, 3, 33, 35)).shape[-2:] == (17, 18)
-        assert export.convolve_same(conv, torch.rand(1, 3, 33, 35)).shape[-2:] == (16, 17)
+        assert export_graph.convolve_same(conv, torch.rand(1, 3, 33, 35)).shape[-2:] == (16, 17)
 
 
 # --- what is in the file ----------------------------------------------------------------------------------------------
@@ -218,17 +218,19 @@ def test_report(exported):
     assert report.inputs == {"image": ["batch", 3, "height", "width"]}
     assert report.outputs["probabilities"][:2] == ["batch", 40]
     assert len(report.outputs["depth"]) == 3
-    assert [(d.batch, d.height, d.width) for d in report.differences] == [(1, 40, 60), *export.CHECKS]
+    assert [(d.batch, d.height, d.width) for d in report.differences] == [(1, 40, 60)] + [
+        (c.batch, c.height, c.width) for c in export_check.CHECKS
+    ]
     for difference in report.differences:
-        assert all(0 < difference.outputs[name] <= export.TOLERANCE[name] for name in ("probabilities", "depth"))
+        assert all(0 < difference.outputs[name] <= export_check.TOLERANCE[name] for name in ("probabilities", "depth"))
     latency = report.latency
     assert (latency.height, latency.width, latency.runs, latency.threads) == (40, 60, 1, torch.get_num_threads())
-    assert min(latency.torch, latency.onnxruntime) > 0
+    assert min(latency.torch, latency.exported) > 0
     assert json.loads(json.dumps(report.as_dict()))["differences"][0]["outputs"]["depth"] > 0
     text = export.table(report)
     assert "probabilities [batch, 40," in text
     assert "  2 x 65x97 " in text  # width x height, as on the command line
-    assert "one image of 60x40, 1 thread, median of 1" in text
+    assert "one frame of 60x40, 1 thread, median of 1" in text
 
 
 def test_metadata_tells_all_that_is_needed(session):
@@ -263,7 +265,7 @@ def test_with_onnxruntime_alone(exported, gad, tmp_path):
     height, width = META["size"]
     rgb = cv2.resize(np.random.default_rng(3).integers(0, 256, (6, 8, 3), np.uint8), (width, height))
     cv2.imwrite(str(tmp_path / "photo.png"), rgb[..., ::-1])
-    (deployed,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    deployed, *_ = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     program = f"""{deployed}
 import sys
 assert not {{"torch", "enfilade", "timm"}} & sys.modules.keys()
@@ -322,6 +324,9 @@ def test_a_network_that_torch_cannot_trace(tmp_path):
         ({"runs": 0}, "at least 1, not 0"),
         ({"size": (0, 64)}, "not 0 x 64"),
         ({"size": (64,)}, "not 64"),
+        ({"int8": "statik"}, "no kind of 8-bit numbers 'statik'; did you mean 'static'"),
+        ({"int8": "static", "format": "torch"}, "8-bit numbers are for ONNX files"),
+        ({"photos": ["a.png"]}, "photos calibrate 8-bit numbers: give --int8 too"),
         ({"model": "gad-nyu2"}, "did you mean 'gad-nyuv2'"),
     ],
     ids=str,
@@ -370,7 +375,7 @@ def test_a_graph_that_onnx_finds_invalid(tmp_path, gad, monkeypatch, exported):
 def test_the_old_file_stays_where_the_new_one_fails(tmp_path, gad, monkeypatch, quick):
     path = tmp_path / "m.onnx"
     path.write_bytes(b"old")
-    monkeypatch.setitem(export.TOLERANCE, "depth", 0.0)
+    monkeypatch.setitem(export_check.TOLERANCE, "depth", 0.0)
     with pytest.raises(UserError, match=r"depth for 1 x 64x48 pixels differs"):
         export.export(gad, path, runs=1)
     assert path.read_bytes() == b"old"
@@ -393,7 +398,7 @@ def test_export_from_the_command_line(capsys, saved, tmp_path, quick, monkeypatc
     captured = capsys.readouterr()
     assert captured.err == ""
     assert "opset 20" in captured.out
-    assert "one image of 60x40" in captured.out
+    assert "one frame of 60x40" in captured.out
     assert out.is_file()
     assert main(["export", "--model", saved, "--out", str(out), "--no-check", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -405,6 +410,10 @@ def test_export_from_the_command_line(capsys, saved, tmp_path, quick, monkeypatc
     ("words", "sentence"),
     [
         (["--format", "onxn"], "did you mean 'onnx'"),
+        (["--format", "torhc"], "did you mean 'torch'"),
+        (["--int8", "dinamic"], "did you mean 'dynamic'"),
+        (["--int8", "static", "dynamic"], "--int8 is static or dynamic, not static and dynamic"),
+        (["--calibrate", "photos"], "give --int8 too"),
         (["--size", "60"], "--size is WIDTHxHEIGHT in pixels"),
         (["--size", "60x-1"], "--size is WIDTHxHEIGHT in pixels"),
         (["--size", "60x0"], "at least one pixel"),

@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 
 
 class _Verb(ModuleType):
-    """A module that can be called. `predict`, `train`, `finetune` and `evaluate` are modules and public functions of one name:
-    importing such a module anywhere would put it in the place of the function."""
+    """A module that can be called. `predict`, `train`, `finetune` and `evaluate` are modules and public functions of
+    one name: importing such a module anywhere would put it in the place of the function."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _target(self.__name__.rpartition(".")[2])(*args, **kwargs)

@@ -1,95 +1,52 @@
-"""A network as one file that runs without Enfilade and without torch: ONNX, compared with torch before it is written.
+"""A network as one file that runs without Enfilade, compared with torch before it is written.
 
-    report = enfilade.export.export("gad-nyuv2", "gad.onnx")
+    report = enfilade.export.export("gad-nyuv2", "gad.onnx")  # for onnxruntime and others
+    report = enfilade.export.export("gad-nyuv2", "gad.onnx", int8="static")  # its convolutions in 8-bit numbers
+    report = enfilade.export.export("imenet-rooms", "room.pt2", format="torch")  # an archive of torch.export
 
-The graph takes any number of images of any size, RGB in [0, 1], and a network that uses HHA takes that as a second
-input, in [0, 1]. It answers what `Predictor.infer` answers, at the network's own resolution: "probabilities"
-[b, k, _, _] and, as far as the network has them, "depth" [b, _, _] in metres of the canonical camera. What else it
-takes to use these is in the file's metadata, see `describe`.
+A file takes any number of frames of any size: RGB in [0, 1], and as further inputs what else the network takes. It
+answers what the network does, at the network's own resolution: probabilities of classes, depth in metres of the
+canonical camera, probabilities of voxels. `export_graph.ABOUT` has them all. What else it takes to use these is in the
+file's metadata, see `export_graph.description`.
 """
 
 import copy
 import importlib.util
-import json
-import logging
-import statistics
 import tempfile
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Float32
-from torch import Tensor, nn
-
-import enfilade
-from enfilade import images
+from enfilade import export_check, export_int8, export_onnx, export_torch, images
 from enfilade.checkpoint import Loaded, load
 from enfilade.errors import UserError, unknown
+from enfilade.export_check import Difference, Latency
+from enfilade.export_graph import refuse
+from enfilade.export_int8 import Quantised
+from enfilade.export_onnx import to_onnx
 from enfilade.predict import Predictor
 
-FORMATS = ("onnx",)
+FORMATS = ("onnx", "torch")
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSETS = range(19, 24)  # what torch's exporter writes and onnxruntime reads
-# Batch, height, width at which torch and the file are compared, beside the training size: whole multiples of the
-# network's stride and not, smaller than it, several images
-CHECKS = ((1, 64, 96), (2, 97, 65), (1, 31, 33), (3, 50, 131))
-# The largest difference that passes; depth in metres. Rounding is a hundredth of it and less; a cut, a padding or an
-# interpolation done otherwise is many times as much.
-TOLERANCE = {"probabilities": 1e-3, "depth": 5e-3}
-
-ABOUT = {
-    "image": "RGB in [0, 1], of any size; best at about the area of 'size' in the metadata",
-    "hha": "the HHA maps of the same frames, divided by 255",
-    "probabilities": "of the classes 'names' in the metadata, at the network's own resolution, which may be lower than "
-    "the image's: resize bilinearly (half-pixel centres), then take the arg max",
-    "depth": "metres for a camera whose focal length at this input is 'focal' pixels; for another, of f pixels, "
-    "multiply by f / focal",
-}
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The largest difference of each output from torch's, for one shape of input."""
-
-    batch: int
-    height: int
-    width: int
-    outputs: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Median milliseconds for one image: of torch (`Predictor.infer`, fp32) and of onnxruntime, on the CPU."""
-
-    height: int
-    width: int
-    torch: float
-    onnxruntime: float
-    runs: int
-    threads: int
 
 
 @dataclass(frozen=True)
 class ExportReport:
     """What `export` wrote. Inputs and outputs are given by their shapes, in which a name stands for a free size. A
-    file that was not checked has no `differences` and no `latency`."""
+    file that was not checked has no `differences` and no `latency`; those of an 8-bit file are its 32-bit original's,
+    and `int8` tells what 8 bits changed. An archive of torch has no `opset`."""
 
     file: str
     format: str
     bytes: int
-    opset: int
+    opset: int | None
     inputs: dict[str, list[int | str]]
     outputs: dict[str, list[int | str]]
     differences: tuple[Difference, ...] = ()
     latency: Latency | None = None
+    int8: Quantised | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
@@ -106,18 +63,24 @@ def export(
     check: bool = True,
     runs: int = 11,
     crf: bool = True,
+    int8: str | None = None,
+    photos: Sequence[str | Path] = (),
 ) -> ExportReport:
-    """Write a model as one ONNX file whose batch, height and width are free.
+    """Write a model as one file whose batch, height and width are free, and the sides of its volume.
 
     Args:
         model: a shipped model's name, a model file, a run's folder, or what `checkpoint.load` returned.
         out: the file; it is written whole or not at all, and only after the check.
-        format: "onnx".
+        format: "onnx", or "torch": an archive of `torch.export`, to be loaded by torch alone.
         size: height and width of the image by which latency is measured; default: the training size.
         opset: the version of ONNX's operators, 19 to 23.
-        check: run onnx's checker, compare onnxruntime with torch at several sizes and batches, time both.
+        check: compare what runs the file (onnxruntime, or torch that loaded it again) with the network at several sizes
+            and batches, run onnx's checker, time both; with `int8` also compare the answers of 8 and of 32 bits.
         runs: whose median the latency is.
-        crf: False leaves out the dense CRF at the end of a network that has one. ONNX has no operators for it.
+        crf: False leaves out the dense CRF at the end of a network that has one. No format has operators for it.
+        int8: "static" or "dynamic" writes convolutions of 8-bit numbers, see `export_int8`. ONNX only.
+        photos: files or folders that stand for the images to come, to calibrate and judge 8-bit numbers by; default:
+            rendered rooms.
 
     Raises:
         UserError: no such model or format, a package that is not installed, a place that cannot be written to, a
@@ -125,38 +88,52 @@ def export(
     """
     if format not in FORMATS:
         raise unknown("export format", format, FORMATS)
+    if int8 is not None and int8 not in export_int8.KINDS:
+        raise unknown("kind of 8-bit numbers", int8, export_int8.KINDS)
+    if int8 is not None and format != "onnx":
+        raise UserError("8-bit numbers are for ONNX files: leave --int8 or --format torch out")
+    if photos and int8 is None:
+        raise UserError("photos calibrate 8-bit numbers: give --int8 too, or leave --calibrate out")
     if opset not in OPSETS:
         raise UserError(f"the opset is one of {OPSETS[0]} to {OPSETS[-1]}, not {opset}")
     if runs < 1:
         raise UserError(f"the runs to time are at least 1, not {runs}")
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise UserError(f"a size is a height and a width of at least one pixel, not {' x '.join(map(str, size))}")
-    need_packages(PACKAGES if check else PACKAGES[:2])
+    if format == "onnx":
+        need_packages(PACKAGES if check or int8 else PACKAGES[:2])
     loaded = copy.deepcopy(model) if isinstance(model, Loaded) else load(model)
-    if getattr(loaded.network, "crf", None) is not None:
-        if crf:
-            raise UserError("this network ends in a dense CRF, which ONNX cannot express: export it without (--no-crf)")
+    if not crf and hasattr(loaded.network, "crf"):
         loaded.network.crf = None  # pyright: ignore
+    refuse(loaded.network)
     out = writable(Path(out))
-
     predictor = Predictor(loaded.network, loaded.meta, device="cpu", flip=False, precision="fp32")
-    proto = to_onnx(predictor, opset)
-    data = proto.SerializeToString()
+    height, width = map(int, size or predictor.meta["size"])
+    feeds = export_int8.frames(predictor, photos) if int8 else ([], [])
+
+    proto, version, quantised = None, None, None
+    if format == "onnx":
+        proto = to_onnx(predictor, opset)
+        data = proto.SerializeToString()
+        sides = proto.graph.input, proto.graph.output
+        inputs, outputs = ({port.name: export_onnx.shape(port) for port in side} for side in sides)
+        version = int(proto.opset_import[0].version)
+        run, runtime = (export_onnx.runner(data) if check else None), "onnxruntime"
+    else:
+        data, told = export_torch.to_archive(predictor)
+        inputs, outputs = ({port["name"]: port["shape"] for port in told[side]} for side in ("inputs", "outputs"))
+        run, runtime = (export_torch.runner(data) if check else None), "the archive"
     differences, latency = (), None
-    if check:
-        height, width = map(int, size or predictor.meta["size"])
-        differences, latency = verify(predictor, data, height, width, runs)
+    if run is not None:
+        differences, latency = export_check.verify(predictor, run, runtime, height, width, runs)
+    if int8 is not None:
+        size32 = len(data)
+        data = export_int8.quantise(proto, predictor.network, int8, feeds[0]).SerializeToString()
+        if run is not None:
+            told8 = {"kind": int8, "source": "photos" if photos else "rendered rooms", "size": size32}
+            quantised = export_int8.judge(predictor, run, export_onnx.runner(data), feeds[1], runs, **told8)
     images.write_atomic(out, data)
-    return ExportReport(
-        file=str(out),
-        format=format,
-        bytes=len(data),
-        opset=proto.opset_import[0].version,
-        inputs={value.name: shape(value) for value in proto.graph.input},
-        outputs={value.name: shape(value) for value in proto.graph.output},
-        differences=differences,
-        latency=latency,
-    )
+    return ExportReport(str(out), format, len(data), version, inputs, outputs, differences, latency, quantised)
 
 
 def need_packages(packages: Iterable[str]) -> None:
@@ -177,232 +154,42 @@ def writable(out: Path) -> Path:
     return out
 
 
-# --- to a graph -------------------------------------------------------------------------------------------------------
-
-
-class Answers(nn.Module):
-    """A network from tensors to a tuple of tensors: probabilities and depth, as far as it has them."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, image: Tensor, hha: Tensor | None = None) -> tuple[Tensor, ...]:
-        output = self.network(image) if hha is None else self.network(image, hha=hha)
-        probabilities = None if output.logits is None else output.logits.softmax(1)
-        return tuple(x for x in (probabilities, output.depth) if x is not None)
-
-
-def to_onnx(predictor: Predictor, opset: int) -> Any:
-    """The predictor's network as an `onnx.ModelProto`. Raises UserError where that cannot be done."""
-    example = example_input(predictor, 2, 97, 131)  # an odd size, and no 1: torch takes a size of 1 for a constant
-    names = list(answers(predictor, example))
-    feed = {name: torch.from_numpy(x) for name, x in feeds(example).items()}
-    free = {0: "batch", 2: "height", 3: "width"}
-    try:
-        with quiet():
-            network = with_constant_padding(copy.deepcopy(predictor.network))
-            network = network.to(memory_format=torch.contiguous_format)  # pyright: ignore
-            dynamic = dict.fromkeys(free, torch.export.Dim.DYNAMIC)
-            program = torch.export.export(
-                Answers(network).eval(), (), kwargs=feed, dynamic_shapes=dict.fromkeys(feed, dynamic)
-            )
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=opset,
-                input_names=list(feed),
-                output_names=names,
-                external_data=False,
-                verbose=False,
-            )
-            assert exported is not None
-            proto = exported.model_proto
-    except Exception as error:  # torch's own messages span screens, and the exporter raises many kinds
-        kind = type(predictor.network).__name__
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"this network ({kind}) cannot be exported to ONNX: {reason}") from error
-    strip(proto)
-    label_axes(proto, free)
-    describe(proto, predictor)
-    return proto
-
-
-def with_constant_padding(network: nn.Module) -> nn.Module:
-    """timm's convolutions with "same" padding compute it from the input's size, in a way that torch.export ponders for
-    minutes. In a network that pads its images (`pad_to_multiple`), those inputs are whole multiples of the stride, and
-    the padding is the same for all of them."""
-    from timm.layers import Conv2dSame
-
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d) and isinstance(module, Conv2dSame):
-            module.__dict__["forward"] = partial(convolve_same, module)
-    return network
-
-
-def convolve_same(conv: nn.Conv2d, x: Float[Tensor, "b c _ _"]) -> Float[Tensor, "b d _ _"]:
-    """TensorFlow's "same" convolution of a map whose sides are multiples of the stride."""
-    above, left = (max(0, (k - 1) * d + 1 - s) for k, d, s in zip(conv.kernel_size, conv.dilation, conv.stride))
-    x = F.pad(x, (left // 2, left - left // 2, above // 2, above - above // 2))
-    return F.conv2d(x, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the remarks of torch's exporter and of the packages behind it."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
-
-
-def strip(proto: Any) -> None:
-    """Drop what the exporter noted for its own debugging: every node's Python stack, with the paths of this machine,
-    and the shapes of inner maps as long formulas."""
-    del proto.graph.value_info[:]
-    del proto.graph.metadata_props[:]
-    proto.graph.doc_string = ""
-    for value in (*proto.graph.node, *proto.graph.initializer, *proto.graph.input, *proto.graph.output):
-        del value.metadata_props[:]
-        value.doc_string = ""
-
-
-def label_axes(proto: Any, free: dict[int, str]) -> None:
-    """Names for the free sizes, which the exporter calls s73 or by a formula."""
-    for value in proto.graph.input:
-        for axis, name in free.items():
-            value.type.tensor_type.shape.dim[axis].dim_param = name
-    for value in proto.graph.output:
-        *_, height, width = value.type.tensor_type.shape.dim
-        value.type.tensor_type.shape.dim[0].dim_param = free[0]
-        height.dim_param, width.dim_param = f"{value.name}_height", f"{value.name}_width"
-
-
-def describe(proto: Any, predictor: Predictor) -> None:
-    """Write into the file what it takes to use it: the meaning of inputs and outputs beside each, and as metadata
-    (JSON, but for bare strings) names and colours of the classes, size [height, width] and focal length (pixels) of
-    training, the label space, the licence of the weights, and what made the file."""
-    meta, space = predictor.meta, predictor.space
-    told = {
-        "description": "what each pixel shows and perhaps how far it is; see the remarks at inputs and outputs",
-        "enfilade": enfilade.__version__,
-        "space": space.name,
-        "names": list(space.names),
-        "colours": ["#" + bytes(colour).hex() for colour in space.colours],
-        "size": list(meta["size"]),
-        "focal": predictor.focal,
-    }
-    told |= {key: meta[key] for key in ("model", "recipe", "license", "ignored") if meta.get(key) is not None}
-    for key, value in told.items():
-        proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
-    proto.producer_name, proto.producer_version = "enfilade", enfilade.__version__
-    proto.doc_string = told["description"]
-    proto.graph.name = str(meta.get("model", type(predictor.network).__name__))
-    for value in (*proto.graph.input, *proto.graph.output):
-        value.doc_string = ABOUT[value.name]
-
-
-def shape(value: Any) -> list[int | str]:
-    return [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
-
-
-# --- the check --------------------------------------------------------------------------------------------------------
-
-
-def verify(
-    predictor: Predictor, data: bytes, height: int, width: int, runs: int
-) -> tuple[tuple[Difference, ...], Latency]:
-    """Compare the serialized graph with torch, and time both, on one image of `height` x `width`, on as many threads as
-    torch uses. Raises UserError where an answer differs by more than `TOLERANCE`."""
-    import onnx
-    import onnxruntime
-
-    image = example_input(predictor, 1, height, width)
-    torch_ms = median_ms(lambda: answers(predictor, image), runs)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    try:
-        onnx.checker.check_model(data, full_check=True)
-        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # neither package has a common type for its errors
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the exported graph is not valid, and was not written: {reason}") from error
-    differences = tuple(compare(predictor, session, *size) for size in ((1, height, width), *CHECKS))
-    feed = feeds(image)
-    onnx_ms = median_ms(lambda: session.run(None, feed), runs)
-    return differences, Latency(height, width, torch_ms, onnx_ms, runs, torch.get_num_threads())
-
-
-def compare(predictor: Predictor, session: Any, batch: int, height: int, width: int) -> Difference:
-    """Torch and onnxruntime on random images. Raises UserError where they differ."""
-    example = example_input(predictor, batch, height, width)
-    differences = {}
-    where = f"for {batch} x {width}x{height} pixels"
-    for (name, want), have in zip(answers(predictor, example).items(), session.run(None, feeds(example)), strict=True):
-        if have.shape != want.shape:
-            sizes = f"{list(have.shape)} instead of {list(want.shape)}"
-            raise UserError(f"onnxruntime's {name} {where} is {sizes}; the file was not written: please report this")
-        differences[name] = float(np.abs(have - want).max())
-        if not differences[name] <= TOLERANCE[name]:
-            difference = f"differs from torch's by {differences[name]:.2g}, more than {TOLERANCE[name]:g}"
-            raise UserError(f"onnxruntime's {name} {where} {difference}; the file was not written: please report this")
-    return Difference(batch, height, width, differences)
-
-
-def example_input(predictor: Predictor, batch: int, height: int, width: int) -> Float32[np.ndarray, "b c h w"]:
-    """Noise in [0, 1]: RGB, followed by HHA for a network that takes it."""
-    channels = 6 if "hha" in getattr(predictor.network, "uses", ()) else 3
-    return np.random.default_rng(0).random((batch, channels, height, width), dtype=np.float32)
-
-
-def feeds(example: Float32[np.ndarray, "b c h w"]) -> dict[str, np.ndarray]:
-    """The inputs of the graph by name."""
-    rgb, hha = example[:, :3], example[:, 3:]
-    return {"image": rgb, "hha": hha} if hha.shape[1] else {"image": rgb}
-
-
-def answers(predictor: Predictor, example: Float32[np.ndarray, "b c h w"]) -> dict[str, np.ndarray]:
-    """Torch's answers by the names of the graph's outputs."""
-    output = predictor.infer(torch.from_numpy(example), getattr(predictor.network, "uses", ()))
-    found = {"probabilities": output.logits, "depth": output.depth}
-    return {name: x.numpy() for name, x in found.items() if x is not None}
-
-
-def median_ms(call: Callable[[], object], runs: int) -> float:
-    for _ in range(2):
-        call()
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        call()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
 # --- for reading ------------------------------------------------------------------------------------------------------
 
 
 def table(report: ExportReport) -> str:
     """The report in words and columns."""
-    lines = [f"{report.file}  {report.format}, opset {report.opset}, {report.bytes / 1e6:.1f} MB"]
-    for kind, values in (("input", report.inputs), ("output", report.outputs)):
-        lines += [f"  {kind:<8}{name} [{', '.join(map(str, axes))}]" for name, axes in values.items()]
+    kind = report.format if report.opset is None else f"{report.format}, opset {report.opset}"
+    lines = [f"{report.file}  {kind}, {report.bytes / 1e6:.1f} MB"]
+    for side, values in (("input", report.inputs), ("output", report.outputs)):
+        lines += [f"  {side:<8}{name} [{', '.join(map(str, axes))}]" for name, axes in values.items()]
     if report.differences:
         names = list(report.outputs)
-        lines += ["", f"{'largest difference from torch':<32}" + "".join(f"{name:>16}" for name in names)]
+        widths = [max(16, len(name) + 2) for name in names]
+        heads = "".join(f"{name:>{width}}" for name, width in zip(names, widths))
+        lines += ["", f"{'largest difference from torch':<32}{heads}"]
         for d in report.differences:
-            told = f"  {d.batch} x {d.width}x{d.height}"
-            lines.append(f"{told:<32}" + "".join(f"{d.outputs[name]:>16.1e}" for name in names))
+            values = "".join(f"{d.outputs[name]:>{width}.1e}" for name, width in zip(names, widths))
+            ties = f"  {d.beyond:.2%} of the values beyond rounding" if d.beyond else ""
+            lines.append(f"  {frame(d, d.batch):<30}{values}{ties}")
     if report.latency is not None:
         latency = report.latency
         threads = f"{latency.threads} thread{'s' if latency.threads > 1 else ''}"
-        lines += ["", f"one image of {latency.width}x{latency.height}, {threads}, median of {latency.runs}"]
-        lines += [f"  torch       {latency.torch:8.1f} ms", f"  onnxruntime {latency.onnxruntime:8.1f} ms"]
+        lines += ["", f"one frame of {frame(latency)}, {threads}, median of {latency.runs}"]
+        runtime = "onnxruntime" if report.format == "onnx" else "the archive"
+        lines += [f"  torch       {latency.torch:8.1f} ms", f"  {runtime:<12}{latency.exported:8.1f} ms"]
+    if report.int8 is not None:
+        q = report.int8
+        shares = [(q.pixels, "{:.2%} of pixels change their label"), (q.voxels, "{:.2%} of voxels change their label")]
+        shares.append((q.depth, "depth changes by {:.2%} (median)"))
+        told = "; ".join(text.format(share) for share, text in shares if share is not None)
+        lines += ["", f"8-bit numbers, {q.kind}: on {q.frames} {q.source} {told}"]
+        lines += [f"  onnxruntime {q.onnxruntime_fp32:8.1f} ms in 32 bits, {q.bytes_fp32 / 1e6:.1f} MB"]
+        lines += [f"  onnxruntime {q.onnxruntime_int8:8.1f} ms in 8 bits, {report.bytes / 1e6:.1f} MB"]
     return "\n".join(lines)
+
+
+def frame(sizes: Difference | Latency, batch: int | None = None) -> str:
+    """The sizes of a frame in words."""
+    told = f"{sizes.width}x{sizes.height}" if batch is None else f"{batch} x {sizes.width}x{sizes.height}"
+    return told if sizes.grid is None else f"{told}, {'x'.join(map(str, sizes.grid))}"

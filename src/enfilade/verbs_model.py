@@ -60,14 +60,14 @@ class Info:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a model as one file that runs without Enfilade and torch, compare it with torch, and time both."""
+    """Write a model as one file that runs without Enfilade, compare it with torch, and time both."""
 
     out: Annotated[str, arg(metavar="FILE")]
     """The file to write."""
     model: Model = "gad-nyuv2"
     """A shipped model, a model file, or the folder of a training run."""
     format: Name = "onnx"
-    """Of the file: onnx."""
+    """Of the file: onnx, or torch for an archive that torch alone loads (.pt2)."""
     opset: Count = 20
     """Version of ONNX's operators, 19 to 23."""
     size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint="")] = None
@@ -75,7 +75,11 @@ class Export:
     check: Flag = True
     """Neither compare nor time; without it both are done, and a file that differs from torch is not written."""
     crf: Flag = True
-    """Leave out the dense CRF of a network that ends in one (joint-nyuv2), for which ONNX has no operators."""
+    """Leave out the dense CRF of a network that ends in one (joint-nyuv2), for which no format has operators."""
+    int8: Annotated[tuple[str, ...] | None, arg(metavar="[static|dynamic]", help_behavior_hint="")] = None
+    """Convolutions of 8-bit numbers: static, the faster ones, calibrated on frames; or dynamic. ONNX only."""
+    calibrate: Annotated[tuple[str, ...], arg(metavar="PATH [PATH ...]", help_behavior_hint="")] = ()
+    """With --int8: photos or folders of them to calibrate on and to judge by; default: rendered rooms."""
     threads: MaybeCount = None
     """Threads to time with; default: OMP_NUM_THREADS, or all cores."""
     json: Flag = False
@@ -91,7 +95,11 @@ class Export:
         from enfilade import export
 
         use_threads(self.threads)
+        if self.int8 is not None and len(self.int8) > 1:
+            raise UserError(f"--int8 is static or dynamic, not {' and '.join(self.int8)}")
+        kind = None if self.int8 is None else (*self.int8, "static")[0]
         options = {"format": self.format, "opset": self.opset, "check": self.check, "crf": self.crf}
+        options |= {"int8": kind, "photos": self.calibrate}
         report = export.export(self.model, self.out, size=size, **options)
         print(json.dumps(report.as_dict(), indent=1) if self.json else export.table(report))
         return 0

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from enfilade.errors import UserError, unknown
+from enfilade.models.encoders import multiple
 from enfilade.types import IGNORE, Output
 
 
@@ -303,7 +304,7 @@ class SketchNet(nn.Module):
         demand_grid(tsdf)
         x = strongest(tsdf)
         size = x.shape[2:]
-        beyond = [p for n in reversed(size) for p in (0, -n % 4)]  # two halvings
+        beyond = [p for n in reversed(size) for p in (0, multiple(n, 4) - n)]  # two halvings
         features = self.stem(F.pad(x, beyond))
         raw = self.sketch(features)
         truth = None if volume is None else sketch_of(volume)

@@ -28,17 +28,49 @@ def ceil_div(a: int, b: int) -> int:
 def pad_to_multiple(image: Float[Tensor, "b c _ _"], stride: int) -> Float[Tensor, "b c _ _"]:
     """Continue the last row and column (edge replication invents no contour) up to a multiple of `stride`."""
     h, w = image.shape[-2:]
-    below, right = ceil_div(h, stride) * stride - h, ceil_div(w, stride) * stride - w
+    height, width = multiple(h, stride), multiple(w, stride)
     # An exported network takes any size: there is no branch on it, and often zero rows to add
-    if torch.compiler.is_exporting() or below or right:
-        return F.pad(image, (0, right, 0, below), mode="replicate")
+    if torch.compiler.is_exporting() or (height, width) != (h, w):
+        return F.pad(image, (0, width - w, 0, height - h), mode="replicate")
     return image
+
+
+def multiple(side: int, stride: int) -> int:
+    """`side` rounded up to a multiple of `stride`. In a network that is being exported it is `stride` times a new
+    symbol, so that the formulas of all later sizes, which the exporter compares again and again, are of that symbol and
+    not of the image's side rounded up."""
+    if not torch.compiler.is_exporting():
+        return ceil_div(side, stride) * stride
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    if statically_known_true(side % stride == 0):
+        return side
+    found = as_symbol(ceil_div(side, stride)) * stride
+    torch._check(found >= side)
+    return found
+
+
+def as_symbol(size: int) -> int:
+    """A size of 1 or more that the exporter knows nothing else of, neither its formula nor that it is not 1 in the
+    example, which would bind the exported network to sizes like the example's. Elsewhere the size itself."""
+    if not torch.compiler.is_exporting():
+        return size
+    symbol: Any = torch.scalar_tensor(size, dtype=torch.int64).item()
+    torch._check(symbol >= 1)
+    return symbol
 
 
 def covering(x: Float[Tensor, "b ..."], size: Sequence[int], padded: Sequence[int]) -> Float[Tensor, "b ..."]:
     """The part of a map of the padded image (height, width: `padded`) that covers the image itself (`size`)."""
     (h, w), (height, width) = size, padded
     return x[..., : ceil_div(h * x.shape[-2], height), : ceil_div(w * x.shape[-1], width)]
+
+
+def first(x: Float[Tensor, "b k _ _"], size: Sequence[int]) -> Float[Tensor, "b k h w"]:
+    """The first rows and columns of a map, as many as `size` (height, width) says."""
+    if torch.compiler.is_exporting():  # a slice might be smaller than that, for all that the exporter knows
+        return F.pad(x, (0, size[1] - x.shape[-1], 0, size[0] - x.shape[-2]))
+    return x[..., : size[0], : size[1]]
 
 
 def in_fp32(conv: nn.Conv2d, x: Float[Tensor, "b c _ _"]) -> Float[Tensor, "b c _ _"]:

@@ -1,6 +1,6 @@
 """IMENet: 2-D segmentation and 3-D completion that correct each other, again and again.
 
-Li, Ding, Li, Huang: IMENet: Joint 3D Semantic Scene Completion and 2D Semantic Segmentation through Iterative Mutual
+Li, Ding, Huang: IMENet: Joint 3D Semantic Scene Completion and 2D Semantic Segmentation through Iterative Mutual
 Enhancement, IJCAI 2021 ("the paper" below). A 2-D network scores the pixels of an RGB image, a 3-D network the voxels
 of a TSDF. Then, T times, the voxels' labels are projected into the image and correct the pixels' (deformable context
 pyramid, Eq. 1), and the pixels' are put into the volume and correct the voxels' (the same in 3-D, then attention along
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from enfilade.errors import UserError
 from enfilade.models.completion3d import SketchNet, Volumetric, complete, make_backbone
-from enfilade.models.encoders import Encoder, ceil_div, covering, pad_to_multiple
+from enfilade.models.encoders import Encoder, ceil_div, first, pad_to_multiple
 from enfilade.ops.deform import deform_conv3d
 from enfilade.ops.projection import along_rays, to_pixels, to_voxels
 from enfilade.types import IGNORE, Output
@@ -116,7 +116,7 @@ def seen(volume: Float[Tensor, "b k x y z"], voxels: Int64[Tensor, "b h w"], str
 def enlarged(x: Float[Tensor, "b k h2 w2"], size: Sequence[int], stride: int) -> Float[Tensor, "b k h w"]:
     """A map of stride `stride` at every pixel of an image of `size`, bilinearly."""
     x = F.interpolate(x, scale_factor=stride, mode="bilinear", align_corners=False) if stride > 1 else x
-    return x[..., : size[0], : size[1]]
+    return first(x, size)
 
 
 # ---------------------------------------------------------------------------------- deformable context pyramid, Eq. (1)
@@ -132,9 +132,9 @@ def deform_conv2d(
 ) -> Float[Tensor, "b o h w"]:
     """Deformable 3x3 convolution of stride 1; `offsets` are 9 times (down, right) in pixels, zero padding.
 
-    On a CPU all nine taps are sampled at once and multiplied as one convolution of nine rows, 2 to 5 times faster than
-    torchvision's loops; elsewhere and in an exported network it is torchvision's."""
-    if x.device.type != "cpu" or torch.compiler.is_exporting():
+    On a CPU and in an exported network all nine taps are sampled at once and multiplied as one convolution of nine
+    rows, 2 to 5 times faster than torchvision's loops; elsewhere it is torchvision's."""
+    if x.device.type != "cpu" and not torch.compiler.is_exporting():
         from torchvision.ops import deform_conv2d as torchvision_deform_conv2d
 
         return torchvision_deform_conv2d(
@@ -370,7 +370,7 @@ class IMENet(Volumetric):
     def segment(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k h2 w2"]:
         """f_2d, the 2-D network's own scores: one for each cell of `stride` x `stride` pixels."""
         padded = pad_to_multiple(image, 32)
-        return covering(self.decoder(self.trunk(padded)), image.shape[-2:], padded.shape[-2:])
+        return first(self.decoder(self.trunk(padded)), [ceil_div(n, self.stride) for n in image.shape[-2:]])
 
     @torch.no_grad()
     def voxel_probabilities(self, scores: Float[Tensor, "b k x y z"], volume: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from enfilade.errors import UserError
-from enfilade.models.encoders import Encoder, covering, pad_to_multiple
+from enfilade.models.encoders import Encoder, as_symbol, ceil_div, covering, pad_to_multiple
 from enfilade.types import IGNORE, Output
 
 SCALES = (2, 4, 8, 10, 20, 40, 80, 160)  # the pyramid's, in pixels of the network's image
@@ -32,6 +32,22 @@ def conv(cin: int, cout: int, kernel: int = 3, **options) -> nn.Sequential:
 
 def resize(x: Float[Tensor, "b c _ _"], size: Sequence[int]) -> Float[Tensor, "b c h w"]:
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
+
+def average_cells(x: Float[Tensor, "b c _ _"], rows: int, columns: int) -> Float[Tensor, "b c _ _"]:
+    """The map averaged over `rows` x `columns` cells that cover it. Exported it is a product with the cells' weights:
+    ONNX's average pooling takes no count of cells that depends on the input's size."""
+    if not torch.compiler.is_exporting():
+        return F.adaptive_avg_pool2d(x, (rows, columns))
+    down, across = (cell_weights(n, as_symbol(count)) for n, count in zip(x.shape[-2:], (rows, columns)))
+    return down @ x @ across.T
+
+
+def cell_weights(size: int, count: int) -> Float[Tensor, "count size"]:
+    """Row i averages the places from i size / count, rounded down, to (i + 1) size / count, rounded up."""
+    cell, place = torch.arange(count)[:, None], torch.arange(size)
+    start, end = cell * size // count, ((cell + 1) * size + count - 1) // count
+    return ((place >= start) & (place < end)).float() / (end - start)
 
 
 class PyramidUnit(nn.Module):
@@ -52,10 +68,11 @@ class PyramidUnit(nn.Module):
         size = x.shape[-2:]
         levels = []
         for scale, top in zip(SCALES, self.tops):
-            rows, columns = (max(1, -(-side * self.stride // scale)) for side in size)
-            pooled = x if scale <= self.stride else F.adaptive_avg_pool2d(x, (rows, columns))
-            level = top(pooled)
-            levels.append(level if level.shape[-2:] == size else resize(level, size))
+            if scale <= self.stride:
+                levels.append(top(x))
+            else:
+                pooled = average_cells(x, *(ceil_div(side * self.stride, scale) for side in size))
+                levels.append(resize(top(pooled), size))
         return torch.cat(levels, 1)
 
 
