@@ -11,7 +11,9 @@ Of our steps one by one, splat, blur, slice and products are separate passes ove
 them; fused is `ops.crf.mean_field` with the lattices at hand. Peers: the lattice in torch operations; mean field in a
 window of 11x11 pixels (as in ConvCRF), in torch operations; MONAI's permutohedral filter, where MONAI is installed
 with its compiled parts. A peer that sums over a window or filters differently gives other numbers, so only times are
-compared. With more threads than free cores torch's threads wait for each other, and the peers' times mean nothing.
+compared. The lattice of place alone is kept from call to call, as in a training; only where both lattices are said to
+be built it is built anew. With more threads than free cores torch's threads wait for each other, and the peers' times
+mean nothing.
 """
 
 import argparse
@@ -215,7 +217,7 @@ def cells_of(image, theta: tuple[float, float], classes: int, batch: int) -> tup
         torch_lattice(leaves[0], grids, leaves[2] @ leaves[1], TRAINED).backward(direction)
 
     cells: dict[str, Callable] = {
-        "build both lattices": lambda: crf.build_lattices(kernels, image),
+        "build both lattices": lambda: (crf._of_place.cache_clear(), crf.build_lattices(kernels, image)),
         "join and normalise": lambda: join([replace(grid) for grid in grids], "symmetric", True),
         "splat": lambda: [lattice._splat_compiled(values, grid) for grid in grids],
         "blur": lambda: [lattice._blur_compiled(t, grid, False) for t, grid in zip(tables, grids)],
@@ -268,14 +270,16 @@ def measure(args: argparse.Namespace) -> dict:
             for name in order:
                 if name.startswith("peer") and not 0 < turn <= args.peer_runs:
                     continue
-                print(f"\r{args.threads[0]} threads, theta {theta}, {turn}: {name:40}", end="", file=sys.stderr)
+                if sys.stderr.isatty():
+                    print(f"\r{args.threads[0]} threads, theta {theta}, {turn}: {name:40}", end="", file=sys.stderr)
                 begun, work = time.perf_counter(), time.process_time()
                 with torch.set_grad_enabled("train" in name):
                     cells[name]()
                 if turn:
                     works[name].append(1e3 * (time.process_time() - work))
                     walls[name].append(1e3 * (time.perf_counter() - begun))
-        print(file=sys.stderr)
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
         rows = {
             name: {"ms": statistics.median(times), "min_ms": min(times), "cpu_ms": min(works[name]), "all_ms": times}
             for name, times in walls.items()

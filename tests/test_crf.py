@@ -122,8 +122,8 @@ def test_compiled_loops_and_their_gradients_agree_with_torch(shape, sharpness, n
                     out = crf._mean_field_torch(leaves[0], lattices, m, 3, normalise, remove_self, False)
                 found.append((out.detach(), *torch.autograd.grad((out * unary.sin()).sum(), leaves)))
             for fast, slow in zip(*found):
-                # Some of the messages to oneself are left out, and Q is rounded to 16 bits there.
-                assert (fast - slow).abs().max() <= 4e-4 * slow.abs().max() + 5e-4
+                # Messages to oneself of less than 0.004 of a logit are left out, and Q is rounded to 16 bits there.
+                assert (fast - slow).abs().max() <= 1.5e-3 * slow.abs().max() + 2e-3
 
 
 def test_gradients_of_the_torch_path():

@@ -233,7 +233,37 @@ def output(requires_grad=True):
 def batch(with_depth=True):
     ids = torch.arange(B * H * W).view(B, H, W) % 7 + 1
     truth = depth() if with_depth else None
-    return Batch(image=torch.zeros(B, 3, H, W), labels=labels(), depth=truth, support=truth, regions=ids)
+    told = torch.log_softmax(logits(9).detach(), 1)
+    return Batch(image=torch.zeros(B, 3, H, W), labels=labels(), depth=truth, support=truth, regions=ids, taught=told)
+
+
+def test_distillation_by_hand():
+    own, told = logits(4).detach(), torch.log_softmax(logits(5), 1).detach()
+    total, t = 0.0, 2.0
+    for b, y, x in np.ndindex(B, H, W):
+        p, q = ([math.exp(float(v[b, k, y, x]) / t) for k in range(K)] for v in (told, own))
+        p, q = ([v / sum(row) for v in row] for row in (p, q))
+        total += t * t * sum(a * math.log(a / c) for a, c in zip(p, q))
+    assert losses.distillation(own, told).item() == pytest.approx(total / (B * H * W), rel=1e-9)
+
+
+def test_distillation_is_nothing_for_who_agrees_and_leaves_out_what_nobody_learned():
+    own = logits(4)
+    assert losses.distillation(own, torch.log_softmax(own, 1)).item() == pytest.approx(0, abs=1e-12)
+    weight = torch.tensor([1.0, 0.5, 0.0, 2.0], dtype=torch.float64)
+    shifted = own.clone()
+    shifted[:, 2] += 5  # all that they differ in
+    assert losses.distillation(own, shifted.log_softmax(1), weight).item() == pytest.approx(0, abs=1e-12)
+    assert losses.distillation(own, shifted.log_softmax(1)).item() > 1e-3
+
+
+def test_distillation_resizes_what_the_teachers_say():
+    told = torch.log_softmax(logits(5), 1)
+    coarse = torch.zeros(B, K, 3, 4, dtype=torch.float64)
+    small = F.interpolate(told, (3, 4), mode="bilinear")
+    assert losses.distillation(coarse, told).item() == pytest.approx(
+        losses.distillation(coarse, small).item(), rel=1e-9
+    )
 
 
 def test_objective_is_the_weighted_sum():
@@ -273,6 +303,8 @@ def test_a_term_without_its_input_is_named():
         losses.objective(Output(logits=logits()), batch(), {"depth_berhu": 1.0})
     with pytest.raises(UserError, match="labels"):
         losses.objective(output(), Batch(image=torch.zeros(B, 3, H, W), depth=depth()), {"focal": 1.0})
+    with pytest.raises(UserError, match="teachers in the stage"):
+        losses.objective(output(), Batch(image=torch.zeros(B, 3, H, W), labels=labels()), {"distillation": 1.0})
     with pytest.raises(UserError, match="side"):
         losses.objective(Output(logits=logits()), batch(), {"side_focal": 1.0})
 

@@ -136,6 +136,25 @@ def jaccard_gradient(truth: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
     return torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])
 
 
+def distillation(
+    logits: Float[Tensor, "b k h w"],
+    taught: Float[Tensor, "b k _ _"],
+    weight: Weights = None,
+    temperature: float = 2.0,
+) -> Float[Tensor, ""]:
+    """Kullback-Leibler divergence of the teachers' probabilities from the student's, both softened by `temperature`
+    T, times T² (Hinton et al. 2015, Section 2), the mean over all pixels, unlabelled ones too. `taught` are
+    log-probabilities. Of `weight`, only 0 counts: such classes are left out on both sides, as nobody learned them."""
+    told = full(taught)
+    if tuple(told.shape[-2:]) != tuple(logits.shape[-2:]):
+        told = F.interpolate(told, logits.shape[-2:], mode="bilinear", align_corners=False)
+    logits = full(logits)
+    if weight is not None:
+        logits, told = logits[:, weight > 0], told[:, weight > 0]
+    student, teacher = F.log_softmax(logits / temperature, 1), F.log_softmax(told / temperature, 1)
+    return temperature**2 * (teacher.exp() * (teacher - student)).sum(1).mean()
+
+
 def berhu(error: Float[Tensor, "*s"], threshold: Float[Tensor, ""]) -> Float[Tensor, "*s"]:
     """Reverse Huber penalty (GAD Eq. 7): linear up to `threshold` (metres), quadratic beyond."""
     size = error.abs()
@@ -280,6 +299,10 @@ def _depth(term) -> Term:
     return loss
 
 
+def _distillation(output: Output, batch: Batch, weight: Weights, resize: str = "nearest") -> Tensor:
+    return distillation(present(output.logits, "label logits"), present(batch.taught, "teachers in the stage"), weight)
+
+
 NORMS: tuple[Literal["l1", "l2"], ...] = ("l2", "l1")
 
 
@@ -296,6 +319,7 @@ TERMS: dict[str, Term] = {
     "cross_entropy_sum": _semantic(cross_entropy_sum),
     "focal": _semantic(focal),
     "lovasz": _semantic(lovasz),
+    "distillation": _distillation,
     "side_cross_entropy": _sides(cross_entropy),
     "side_focal": _sides(focal),
     "depth_berhu": _depth(depth_berhu),

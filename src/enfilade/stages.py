@@ -14,6 +14,7 @@ class Stage:
         losses: named terms of `enfilade.losses.TERMS` and their weights.
         resize: how the truth is brought to the size of a coarser label map: "nearest", or "majority" (the vote of the
             area). `losses` may name a map: {"cross_entropy/s1": 1.0, ...}, from the coarsest.
+        teachers: models whose answers the loss term `distillation` compares with (`enfilade.teachers`).
         train: parts of the model (its `parts`) that learn; the others are frozen, their batch norms too. "*" is all.
         inputs: fields of the batch that the model takes in this stage beside RGB and what it always takes (its `uses`).
         size: (height, width) of a training crop.
@@ -40,6 +41,7 @@ class Stage:
     epochs: int
     losses: dict[str, float]
     resize: Literal["nearest", "majority"] = "nearest"
+    teachers: tuple[str, ...] = ()
     train: tuple[str, ...] = ("*",)
     inputs: tuple[str, ...] = ()
     size: tuple[int, int] = (240, 320)

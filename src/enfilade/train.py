@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from enfilade.errors import UserError
 from enfilade.images import write_atomic
 from enfilade.losses import objective
 from enfilade.stages import Recipe, Stage
+from enfilade.teachers import Teachers
 from enfilade.types import Batch
 
 log = logging.getLogger(__name__)
@@ -312,6 +313,7 @@ class Run:
         start = first * stage.accumulate
         loader = batches(self.train_data, self.recipe, index, start, self.rank, self.world, self.workers)
         self.owner = part_of(self.network)
+        self.teachers = Teachers(stage.teachers, self.recipe, self.accelerator.device) if stage.teachers else None
         for step in self.bar(stage.name, first, total):
             for group in self.optimiser.param_groups:
                 group["lr"] = group["peak"] * learning_rate(stage, step, total, per_epoch)
@@ -349,6 +351,8 @@ class Run:
             self.images += len(batch) * self.world
             last = micro == stage.accumulate - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model), self.autocast(stage):
+                if self.teachers is not None:
+                    batch = replace(batch, taught=self.teachers(batch.image))
                 output = self.model(batch.image, **extra_inputs(self.network, batch, stage.inputs))
                 loss, terms = objective(output, batch, stage.losses, self.class_weights, stage.resize)
                 self.accelerator.backward(loss / stage.accumulate)

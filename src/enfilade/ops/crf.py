@@ -27,6 +27,7 @@ type and device runs torch operations. Gradients can be taken once.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from enfilade.errors import UserError
 from enfilade.ops.lattice import Lattice, Normalise, filter
-from enfilade.ops.mean_field import MeanField, join, own_weight
+from enfilade.ops.mean_field import MeanField, join
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,20 @@ def potts(classes: int) -> Float[Tensor, "c c"]:
 def build_lattices(
     kernels: Sequence[Kernel], image: Float[Tensor, "b 3 h w"], depth: Float[Tensor, "_ _ _"] | None = None
 ) -> list[Lattice]:
-    """A lattice for each kernel, for `mean_field`."""
-    return [Lattice.build(kernel.features(image, depth)) for kernel in kernels]
+    """A lattice for each kernel, for `mean_field`. That of a kernel of place alone depends on the size of the images
+    only, and the last ones are kept: a video, a folder and a training have many images of one size."""
+
+    def build(kernel: Kernel) -> Lattice:
+        if kernel.rgb is None and kernel.depth is None:
+            return _of_place(kernel, image.shape[0], *image.shape[2:], image.device)
+        return Lattice.build(kernel.features(image, depth))
+
+    return [build(kernel) for kernel in kernels]
+
+
+@lru_cache(maxsize=2)
+def _of_place(kernel: Kernel, b: int, h: int, w: int, device: torch.device) -> Lattice:
+    return Lattice.build(kernel.features(torch.empty(b, 3, h, w, device=device)))
 
 
 def mean_field(
@@ -165,6 +178,13 @@ def _mean_field_torch(
         else:
             logits = step(logits, unary, matrices)
     return logits
+
+
+def own_weight(lattice: Lattice, normalise: Normalise) -> Float[Tensor, "b 1 h w"]:
+    """K_ii after normalisation, which is the same for "row" and "symmetric". No more than the whole sum of the kernel,
+    which it comes to for a pixel that is alone."""
+    own = torch.minimum(lattice.self_weight, lattice.norm)
+    return own if normalise == "none" else own / lattice.norm
 
 
 def mean_field_reference(

@@ -15,7 +15,6 @@ from typing import Any, no_type_check
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -35,13 +34,6 @@ from enfilade.ops.mean_field_loops import (
     sweep_back,
 )
 from enfilade.ops.vectors import LANES
-
-
-def own_weight(lattice: Lattice, normalise: Normalise) -> Float[Tensor, "b 1 h w"]:
-    """K_ii after normalisation, which is the same for "row" and "symmetric". No more than the whole sum of the kernel,
-    which it comes to for a pixel that is alone."""
-    own = torch.minimum(lattice.self_weight, lattice.norm)
-    return own if normalise == "none" else own / lattice.norm
 
 
 @dataclass(frozen=True)
@@ -82,17 +74,15 @@ def join(lattices: Sequence[Lattice], normalise: Normalise, remove_self: bool) -
     n, corners = b * h * w, sum(lattice.dimension + 1 for lattice in lattices)
     offsets, inner = np.empty((n, corners), np.int32), np.empty((n, corners), np.float32)
     outer = np.empty_like(inner) if normalise == "row" else inner
-    own = np.empty((len(lattices) if remove_self else 0, n), np.float32)
+    own, none = np.empty((len(lattices) if remove_self else 0, n), np.float32), np.empty(0, np.float32)
     rows, corner, row = [], 0, 0
     for k, lattice in enumerate(lattices):
-        norm = torch.ones(n) if normalise == "none" else lattice.norm.reshape(-1)
-        after = lattice.gain / norm
-        before = torch.ones(n) if normalise == "row" else after.sqrt()
-        after = after if normalise == "row" else before
-        lists = lattice.offsets.numpy(), lattice.weights.numpy(), before.numpy(), after.numpy(), corner, row
-        run_parts(lambda _, i, j, lists=lists: place(*lists, offsets, inner, outer, i, j), n)
-        if remove_self:
-            own[k] = own_weight(lattice, normalise).reshape(-1).numpy()
+        divide, by_row = normalise != "none", normalise == "row"
+        norm = lattice.norm.reshape(-1).numpy() if divide or remove_self else none
+        given = lattice.offsets.numpy(), lattice.weights.numpy(), norm, np.float32(lattice.gain)
+        lists = *given, divide, by_row, corner, row
+        into = offsets, inner, outer, own[k] if remove_self else none
+        run_parts(lambda _, i, j, lists=lists, into=into: place(*lists, *into, i, j), n)
         rows.append((row, row + lattice.vertices))
         corner, row = corner + lattice.dimension + 1, row + lattice.vertices
     neighbours = [lattice.neighbours.numpy() for lattice in lattices]

@@ -38,11 +38,11 @@ from enfilade.ops.vectors import (
 TILE = 128  # points
 FEW = 12  # one label in so many is dealt with by itself, more by products of matrices
 START, RESUME, STEP, END = range(4)  # sweeps: Q from the unary; the given Q; Q from the messages; logits from them
-# What a point's message to itself leaves out, for a label: of a logit, where the lattice's own error is some hundredths
-# and more; in the backward pass, as a share of the mean gradient at a point, of a logit and of what is summed over all
-# points to the gradient of the matrices.
-NEGLIGIBLE = 1e-3
-NEGLIGIBLE_SHARE, NEGLIGIBLE_PRODUCT = 1e-4, 1e-5
+# What a point's message to itself leaves out, for a label and for a kernel: of a logit, where the lattice's own error
+# is some hundredths and more; in the backward pass, as a share of the mean gradient at a point, of a logit and of what is
+# summed over all points to the gradient of the matrices.
+NEGLIGIBLE = 4e-3
+NEGLIGIBLE_SHARE, NEGLIGIBLE_PRODUCT = 4e-4, 4e-5
 
 
 @njit(cache=True, nogil=True)
@@ -77,13 +77,32 @@ def _to_planes(tile, channels, p, width, start, count, planes):
 
 @njit(cache=True, nogil=True)
 @no_type_check
-def place(offsets, weights, before, after, corner, row, all_offsets, inner, outer, start, stop):
-    """One lattice's corners among those of all."""
+def place(offsets, weights, norm, gain, divide, by_row, corner, row, all_offsets, inner, outer, own, start, stop):
+    """One lattice's corners among those of all. If K is to be divided by its norm, a row's division lies in the slice,
+    a symmetric one's half there, half in the splat, and so does the gain. `own`, unless empty, becomes K_ii: no more
+    than the norm, which it comes to for a point that is alone. It is `Lattice.self_weight`, whose sum over pairs of
+    corners falls by half from one to the next around the simplex, so that two rounds add it up."""
+    one, half, corners = np.float32(1), np.float32(0.5), offsets.shape[1]
+    rest = one - half**corners
     for i in range(start, stop):
-        for k in range(offsets.shape[1]):
+        after = gain / norm[i] if divide else gain
+        before = one if by_row else np.sqrt(after)
+        after = after if by_row else before
+        for k in range(corners):
             all_offsets[i, corner + k] = offsets[i, k] + row
-            inner[i, corner + k] = weights[i, k] * before[i]
-            outer[i, corner + k] = weights[i, k] * after[i]
+            inner[i, corner + k] = weights[i, k] * before
+            outer[i, corner + k] = weights[i, k] * after
+        if len(own):
+            come, squares, pairs = np.float32(0), np.float32(0), np.float32(0)
+            for k in range(corners):
+                come = half * (come + weights[i, k])
+            come /= rest  # from all rounds, not from one
+            for k in range(corners):
+                squares += weights[i, k] * weights[i, k]
+                pairs += weights[i, k] * come
+                come = half * (come + weights[i, k])
+            whole = min(gain * (squares + (rest + rest) * pairs), norm[i])
+            own[i] = whole / norm[i] if divide else whole
 
 
 @njit(cache=True, nogil=True)
@@ -100,7 +119,7 @@ def _gather(table, width, offsets, weights, corners, start, count, base, ahead, 
     """The rows of the tile: rows of `base` from `ahead` on, a number `equal` for each, what points start.. slice from
     the table, and if they are given, for labels that are marked, columns of the matrices: rows of the table from
     `first_row` on. Five vectors at a time keep the sums in registers and the arithmetic busy."""
-    some, first_row, own, marks, q = given
+    some, first_row, own, marks, q, least = given
     words = (width + 63) // 64
     for i in range(count):
         o, j, same = (start + i) * corners, i * width, fill(at(equal, first + i))
@@ -122,7 +141,11 @@ def _gather(table, width, offsets, weights, corners, start, count, base, ahead, 
                     bits &= bits - 1
                     share, row = short_at(q, point + label), (first_row + label) * width + (j - back)
                     for k in range(len(own)):
-                        weight = share * own[k, start + i]
+                        weight = own[k, start + i]
+                        if weight < least[k]:  # as a wide kernel's is at most points
+                            row += width * width
+                            continue
+                        weight *= share
                         a0, a1 = madd(a0, weight, load(table, row)), madd(a1, weight, load(table, row + LANES))
                         a2 = madd(a2, weight, load(table, row + 2 * LANES))
                         a3 = madd(a3, weight, load(table, row + 3 * LANES))
@@ -145,7 +168,8 @@ def _gather(table, width, offsets, weights, corners, start, count, base, ahead, 
                     bits &= bits - 1
                     share, row = short_at(q, point + label), (first_row + label) * width + (j - back)
                     for k in range(len(own)):
-                        a0 = madd(a0, share * own[k, start + i], load(table, row))
+                        if own[k, start + i] >= least[k]:
+                            a0 = madd(a0, share * own[k, start + i], load(table, row))
                         row += width * width
             store(tile, j, a0)
             j += LANES
@@ -445,6 +469,7 @@ def sweep(
     width = (channels + LANES - 1) // LANES * LANES
     tiles, (shares, _), _ = _buffers(width)
     tile, (bounds, equal) = tiles[0], known
+    least = np.float32(NEGLIGIBLE) / np.maximum(m[5], np.float32(1e-30))
     while start < stop:
         count = min(TILE, stop - start, p - start % p)
         ahead = start * width
@@ -457,7 +482,7 @@ def sweep(
             if len(own):
                 dense = _return_own(width, count, unary, before, start, own, m, tiles, shares, marks)
             base, base_ahead = (tile, 0) if dense else (unary, ahead)
-            given = len(own) and not dense, first_row, own, marks, before
+            given = len(own) and not dense, first_row, own, marks, before, least
             _gather(table, width, offsets, outer, corners, start, count, base, base_ahead, equal, start, given, tile)
         if mode == END:
             _to_planes(tile, channels, p, width, start, count, planes)
@@ -490,7 +515,8 @@ def sweep_back(
     width = (channels + LANES - 1) // LANES * LANES
     tiles, numbers, marks = _buffers(width)
     tile, shares, _, _ = tiles
-    average, zero, given = numbers[0], np.zeros(TILE, np.float32), (False, 0, own, marks, q)
+    average, zero = numbers[0], np.zeros(TILE, np.float32)
+    given = False, 0, own, marks, q, zero
     whole = 0.0
     while start < stop:
         count = min(TILE, stop - start, p - start % p)
