@@ -115,6 +115,17 @@ def same_weights(a, b) -> bool:
 # --- a folder ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_completer_goes_the_same_way(tmp_path):
+    from enfilade.complete import Completer
+
+    completer = Completer.from_pretrained("imenet-rooms", device="cpu")
+    completer.save_pretrained(tmp_path)
+    assert same_weights(Completer.from_pretrained(tmp_path, device="cpu").network, completer.network)
+    assert "complete.load" in (tmp_path / "README.md").read_text()
+    with pytest.raises(UserError, match="completes no rooms"):
+        Completer.from_pretrained("gad-nyuv2")
+
+
 def test_a_saved_folder_is_the_same_predictor(tmp_path, predictor, photo):
     written = predictor.save_pretrained(tmp_path / "m")
     assert [p.name for p in sorted((tmp_path / "m").iterdir())] == ["README.md", "config.json", "model.safetensors"]

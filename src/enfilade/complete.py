@@ -24,6 +24,7 @@ from enfilade import images, labels
 from enfilade.camera import Camera
 from enfilade.data.volumes import encode
 from enfilade.errors import UserError
+from enfilade.hub import OnHub
 from enfilade.metrics import SegmentationScore
 from enfilade.metrics_volume import CompletionScore
 from enfilade.ops import tsdf as encoding
@@ -73,7 +74,7 @@ def infer(network: nn.Module, sample: Sample, device: torch.device) -> Output:
     return network(batch.image, **more)
 
 
-class Completer:
+class Completer(OnHub):
     """A completion network ready to use; `meta` is its file's header (see `checkpoint`)."""
 
     def __init__(self, network: nn.Module, meta: dict[str, Any], *, device: str | torch.device | None = None):
@@ -86,6 +87,20 @@ class Completer:
         self.network = network.eval().to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore
         if needs := {"labels", "volume"} & set(getattr(network, "uses", ())):
             raise_truth(needs)
+
+    @staticmethod
+    def from_pretrained(
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        device: str | torch.device | None = None,
+    ) -> "Completer":
+        """A completer from a shipped model's name, a file or folder, or a repository "user/name" of the Hugging Face
+        hub. Raises UserError, see `hub.locate` and `load`."""
+        from enfilade import hub
+
+        return load(hub.locate(name_or_path, revision=revision, token=token), device)
 
     def complete(
         self,

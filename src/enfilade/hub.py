@@ -52,6 +52,22 @@ SCORES = {
 }
 
 
+class OnHub:
+    """What a predictor and a completer share: their way to the hub. Of `network` and its header `meta`."""
+
+    network: nn.Module
+    meta: dict[str, Any]
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> list[str]:
+        """Write model, config and model card to a folder, for `from_pretrained`; see `hub.save`."""
+        return save(folder, self.network, self.meta, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Send what `save_pretrained` writes to "user/name" on the Hugging Face hub; see `hub.push`. Returns the
+        address of its page."""
+        return push(repo_id, self.network, self.meta, **options)
+
+
 # --- from the hub -----------------------------------------------------------------------------------------------------
 
 

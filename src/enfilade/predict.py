@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from enfilade import images, labels, tta
 from enfilade.camera import Camera
 from enfilade.errors import UserError
+from enfilade.hub import OnHub
 from enfilade.ops.decide import decide
 from enfilade.ops.regions import region_support
 from enfilade.types import Output, Prediction
@@ -47,7 +48,7 @@ PLANES = {
 MIN_SIDE = 32  # of the network's input, for images of extreme shape
 
 
-class Predictor:
+class Predictor(OnHub):
     """A network ready to predict. `meta` is its file's header (see `checkpoint`): "space", "size" (height, width of
     the input in training) and "focal" (pixels at that width), each with a default; and "scale" (source pixels to
     network pixels in training), which resolution="source" needs.
@@ -115,19 +116,6 @@ class Predictor:
         from enfilade import hub
 
         return load(hub.locate(name_or_path, revision=revision, token=token), **options)
-
-    def save_pretrained(self, folder: str | Path, **options: Any) -> list[str]:
-        """Write model, config and model card to a folder, for `from_pretrained`; see `hub.save`."""
-        from enfilade import hub
-
-        return hub.save(folder, self.network, self.meta, **options)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Send what `save_pretrained` writes to "user/name" on the Hugging Face hub; see `hub.push`. Returns the
-        address of its page."""
-        from enfilade import hub
-
-        return hub.push(repo_id, self.network, self.meta, **options)
 
     def __call__(self, source: images.Source, *, camera: Camera | None = None, fov: float | None = None) -> Prediction:
         return self.predict(source, camera=camera, fov=fov)

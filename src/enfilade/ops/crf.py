@@ -21,8 +21,8 @@ from z = u. The kernels are normalised, `normalise="symmetric"` unless told othe
 Differs from paper: Eq. (7) prints the exponents without their minus sign, and does not say whether kernels are
 normalised.
 
-float32 tensors on a CPU run compiled loops, which keep the work memory of their last call for the next; every other
-type and device runs torch operations. Gradients can be taken once.
+float32 tensors on a CPU run compiled loops, which keep the work memory of their last call for the next, and whose
+gradients can be taken once; every other type and device runs torch operations, on a GPU between the lattice's kernels.
 """
 
 from collections.abc import Sequence

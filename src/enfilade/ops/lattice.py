@@ -17,9 +17,10 @@ the exact Gaussian's in relative L2 (`benchmarks/crf.py` measures it), and its u
 factor of 1.1 to 1.9, so normalise. It is linear in the values and differentiable in them, to any order; features are
 data.
 
-float32 tensors on a CPU run compiled loops on `torch.get_num_threads()` threads; every other type and device runs torch
-operations. Results repeat exactly for a given number of threads. The loops are compiled at the first call after an
-installation (some seconds) and kept on disk.
+float32 tensors on a CPU run compiled loops on `torch.get_num_threads()` threads, on a GPU the kernels of
+`ops.lattice_triton` where Triton works; every other type and device runs torch operations. Results of loops (for a
+given number of threads) and kernels repeat exactly. Both are compiled at the first call after an installation (some
+seconds) and kept on disk.
 """
 
 import math
@@ -106,6 +107,13 @@ class Lattice:
         b, h, w = self.size
         return self.gain * ((self.weights @ blur) * self.weights).sum(1).view(b, 1, h, w)
 
+    @cached_property
+    def corners(self) -> Any:
+        """The corners of all points in order of their vertices, for the splat of `ops.lattice_triton`."""
+        from enfilade.ops.lattice_triton import sort_corners
+
+        return sort_corners(self.offsets, self.vertices)
+
     def scaled(self, factor: Float[Tensor, "b 1 h w"]) -> "Lattice":
         """The lattice of diag(factor) K diag(factor), at no cost when filtering. scaled(norm ** -0.5) is the symmetric
         normalisation."""
@@ -158,12 +166,26 @@ class _Filter(torch.autograd.Function):
         ctx.lattice, ctx.transpose = lattice, transpose
         if values.device.type == "cpu" and values.dtype == torch.float32:
             return _filter_compiled(values, lattice, transpose)
+        if values.dtype == torch.float32 and (kernels := _kernels(values.device)):
+            return kernels.filter(values, lattice, transpose)
         return _filter_torch(values, lattice, transpose)
 
     @staticmethod
     @no_type_check
     def backward(ctx, gradient):
         return _Filter.apply(gradient, ctx.lattice, not ctx.transpose), None, None
+
+
+@lru_cache
+def _kernels(device: torch.device) -> Any:
+    """`ops.lattice_triton`, or None where its kernels cannot run."""
+    if device.type != "cuda":
+        return None
+    try:
+        from enfilade.ops import lattice_triton
+    except ImportError:  # Triton comes with torch for GPUs, though not everywhere.
+        return None
+    return lattice_triton if lattice_triton.available(device) else None
 
 
 def _filter_torch(values: Tensor, lattice: Lattice, transpose: bool) -> Tensor:

@@ -39,8 +39,8 @@ TILE = 128  # points
 FEW = 12  # one label in so many is dealt with by itself, more by products of matrices
 START, RESUME, STEP, END = range(4)  # sweeps: Q from the unary; the given Q; Q from the messages; logits from them
 # What a point's message to itself leaves out, for a label and for a kernel: of a logit, where the lattice's own error
-# is some hundredths and more; in the backward pass, as a share of the mean gradient at a point, of a logit and of what is
-# summed over all points to the gradient of the matrices.
+# is some hundredths and more; in the backward pass, as a share of the mean gradient at a point, of a logit and of what
+# is summed over all points to the gradient of the matrices.
 NEGLIGIBLE = 4e-3
 NEGLIGIBLE_SHARE, NEGLIGIBLE_PRODUCT = 4e-4, 4e-5
 
