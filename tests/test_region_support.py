@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from enfilade import experiments, losses, recipes
+from enfilade import experiments, losses, recipes, recipes_rsn
 from enfilade.camera import Camera
 from enfilade.data.epochs import with_regions
 from enfilade.errors import UserError
@@ -265,9 +265,9 @@ def test_iterations_and_combination_weigh_as_printed():
         regions=torch.ones(1, 4, 4, dtype=torch.int64),
     )
     iterated = 0.2 * 1 + 0.3 * 4 + 0.5 * 9  # Eq. (3): of 2, 3 and 4 m against 1 m
-    assert losses.objective(output, batch, recipes.iterations("region_l2"))[0].item() == pytest.approx(iterated)
+    assert losses.objective(output, batch, recipes_rsn.iterations("region_l2"))[0].item() == pytest.approx(iterated)
     combined = 0.3 * 4 + 0.7 * iterated  # Eq. (4): 1 m against a support of 3 m
-    assert losses.objective(output, batch, recipes.combined("l2"))[0].item() == pytest.approx(combined)
+    assert losses.objective(output, batch, recipes_rsn.combined("l2"))[0].item() == pytest.approx(combined)
     with pytest.raises(UserError, match="depth map d5, but this model makes 4"):
         losses.objective(output, batch, {"region_l2/d5": 1.0})
 

@@ -1,0 +1,168 @@
+"""GAD: the published run, the rows of its Tables 4 and 5, the default model and its peer."""
+
+from dataclasses import replace
+
+from enfilade.stages import Recipe, Stage
+
+NYU_FOCAL = 518.8579  # pixels at 640 x 480
+
+
+def gad_paper(weights: str | None = "timm") -> Recipe:
+    """GAD as published: ResNet-50, 320x240, Adam, 1e-5 trunk / 1e-2 rest, /10 every 40 epochs, batch 8, focal +
+    berHu + side losses, clipping of the semantic branch and SPF. Table 1 and the last row of Table 4. Not run here
+    at full size. The paper gives neither the number of epochs nor the clipping norm: 120 and 1 are our choice."""
+    stage = Stage(
+        name="joint",
+        epochs=120,
+        losses={"focal": 1.0, "depth_berhu": 1.0, "side_focal": 1.0},
+        size=(240, 320),
+        zoom=(1.0, 1.5),
+        optimiser="adam",
+        lr=1e-2,
+        lr_parts={"trunk": 1e-3},
+        schedule="step",
+        step_epochs=40,
+        clip={"semantic": 1.0, "spf": 1.0},
+    )
+    return Recipe(
+        name="gad-paper",
+        model="gad",
+        arguments={"classes": 40, "encoder": "resnet50", "weights": weights},
+        stages=(stage,),
+        precision="no",
+    )
+
+
+# Table 4, in the paper's order: what each row has.
+ABLATION: dict[str, dict] = {
+    "sem-only": {"depth": False, "fusion": "none", "skip": False},
+    "Ls": {"depth": False, "fusion": "none", "skip": False},
+    "Ls-hha": {"depth": False, "fusion": "none", "skip": False, "hha": True},
+    "depem": {"propagate": False, "fusion": "none", "skip": False},
+    "featprop": {"fusion": "none", "skip": False},
+    "vanconv": {"fusion": "vanilla", "skip": False},
+    "gap": {"skip": False},
+    "spf": {},
+}
+
+
+def gad_ablation(row: str, weights: str | None = None) -> Recipe:
+    """A row of GAD Table 4 with a MobileNetV2 encoder and decoders of 96-64-64 channels (to a quarter of the image), at
+    a budget that two cores can pay: 3 epochs of 256x192 crops, AdamW with one cycle. All rows share seed, order,
+    augmentation and budget. `sem-only` has cross-entropy, the others L_s (focal)."""
+    arguments = ABLATION[row]
+    semantic = "cross_entropy" if row == "sem-only" else "focal"
+    losses = {semantic: 1.0}
+    if arguments.get("depth", True):
+        losses["depth_berhu"] = 1.0
+    if arguments.get("skip", True):
+        losses["side_focal"] = 1.0
+    stage = Stage(
+        name="joint",
+        epochs=3,
+        losses=losses,
+        size=(192, 256),
+        zoom=(1.0, 1.4),
+        lr=1e-3,
+        lr_parts={"trunk": 0.3},
+        weight_decay=0.01,
+        clip={"semantic": 5.0, **({"spf": 5.0} if arguments.get("skip", True) else {})},
+        evaluate_every=100,
+    )
+    small = {"encoder": "mobilenetv2_100", "weights": weights, "bottleneck": 96, "widths": (96, 64, 64)}
+    return Recipe(
+        name=f"gad-{row}",
+        model="gad",
+        arguments={"classes": 40, **small, **arguments},
+        stages=(stage,),
+        scale=0.45,
+        focal=NYU_FOCAL * 0.45,
+    )
+
+
+def gad_semi(percent: int, weights: str | None = None) -> Recipe:
+    """A column of GAD Table 5: depth supervision for `percent` of the training samples. 0 % is the row +L_s of
+    Table 4, "only the semantic branch"; otherwise the whole model."""
+    base = gad_ablation("Ls" if percent == 0 else "spf", weights)
+    return base.replace(name=f"gad-depth-{percent}", depth_fraction=percent / 100)
+
+
+def gad_nyuv2(weights: str | None = None) -> Recipe:
+    """The default model (`enfilade.load()`): GAD with MobileNetV2, sized to ship in the package.
+
+    # Differs from paper: cross-entropy with softened class weights (focal without them scores lower at this size),
+    scale-invariant and gradient terms beside berHu, AdamW with one cycle, a moving average of the weights, zoom, and
+    stages: crops of 288x224 first, then the full frame at 416x320, twice.
+    """
+    losses = {
+        "cross_entropy": 1.0,
+        "side_cross_entropy": 0.15,
+        "depth_berhu": 0.5,
+        "depth_scale_invariant": 0.5,
+        "depth_gradient": 0.25,
+    }
+    small = Stage(
+        name="small",
+        epochs=36,
+        losses=losses,
+        size=(224, 288),
+        zoom=(0.6, 1.25),
+        lr=1e-3,
+        lr_parts={"trunk": 0.4},
+        weight_decay=0.05,
+        warmup=0.04,
+        clip={"trunk": 5.0, "semantic": 5.0, "depth": 5.0, "fusion": 5.0, "spf": 5.0},
+        ema=0.998,
+        evaluate_every=12,
+    )
+    full = Stage(
+        name="full",
+        epochs=10,
+        losses=losses | {"depth_berhu": 1.0},
+        size=(320, 416),
+        zoom=(0.75, 1.5),
+        lr=5e-4,
+        lr_parts={"trunk": 0.4},
+        weight_decay=0.05,
+        warmup=0.04,
+        clip=small.clip,
+        ema=0.998,
+        evaluate_every=5,
+    )
+    return Recipe(
+        name="gad-nyuv2",
+        model="gad",
+        arguments={
+            "classes": 40,
+            "encoder": "mobilenetv2_100",
+            "weights": weights,
+            "bottleneck": 96,
+            "widths": (96, 64, 64),
+            "dropout": 0.1,
+        },
+        stages=(small, full, replace(full, name="again", epochs=7, evaluate_every=7)),
+        scale=0.65,
+        focal=NYU_FOCAL * 0.65,
+        class_weighting=0.5,
+    )
+
+
+def fpn_peer(weights: str | None = None) -> Recipe:
+    """The peer of the default model: segmentation_models_pytorch's FPN, same encoder and data, 20 epochs of batch 8
+    at 320x256, bf16, cross-entropy, random crop and flip, AdamW with one cycle."""
+    stage = Stage(
+        name="semantic",
+        epochs=20,
+        losses={"cross_entropy": 1.0},
+        size=(256, 320),
+        zoom=(1.0, 1.3),
+        lr=1e-3,
+        lr_parts={"trunk": 0.3},
+        weight_decay=0.01,
+        evaluate_every=20,
+    )
+    arguments = {"architecture": "FPN", "classes": 40, "encoder": "mobilenetv2_100", "weights": weights}
+    return Recipe(name="fpn-peer", model="peer", arguments=arguments, stages=(stage,), scale=0.54, focal=None)
+
+
+# --- label refinement -------------------------------------------------------------------------------------------------
