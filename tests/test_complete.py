@@ -1,6 +1,7 @@
 """From a frame to its room: networks whose right answer is known, the files, the verb, and training on volumes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,27 @@ def test_what_is_seen_completed_empty_and_unknown(frame):
     assert found.labels.shape == frame.image.shape[:2]
     assert (found.labels == FLOOR).all()
     assert 0 < found.confidence.min() <= found.confidence.max() <= 1
+
+
+def test_pixels_are_labelled_by_the_estimator_where_the_network_has_depth_alone(frame):
+    class DepthAlone(Touched):
+        def forward(self, image, tsdf) -> Output:
+            return replace(super().forward(image, tsdf), logits=None)
+
+    class Estimator:
+        def __init__(self, space):
+            self.space = space
+
+        def predict(self, image, camera=None, fov=None):
+            chosen = labels.get(self.space).names.index("bed" if self.space == "nyu40" else "tree")
+            return Prediction(image.rgb, np.full(image.rgb.shape[:2], chosen, np.uint8), space=self.space)
+
+    completer = Completer(DepthAlone(), META)
+    found = completer.complete(frame.image, frame.depth, frame.camera, estimator=Estimator("nyu40"))
+    assert (found.labels == labels.get("ssc12").names.index("bed")).all()
+    street = completer.complete(frame.image, frame.depth, frame.camera, estimator=Estimator("camvid11"))
+    assert street.labels is None  # no tree stands in a room
+    assert np.array_equal(street.volume.labels, found.volume.labels)
 
 
 def test_the_grid_may_be_given(frame):
@@ -257,7 +279,7 @@ def test_scores_are_those_of_the_metric(frame):
 def run(frame, tmp_path_factory):
     """A trained run: one update of a very narrow SSCNet."""
     out = tmp_path_factory.mktemp("run")
-    recipe = recipes.sscnet_rooms()
+    recipe = recipes.sscnet_row()
     recipe = recipe.replace(arguments=recipe.arguments | {"width": 0.06}, source=(60, 80), scale=1.0)
     recipe = recipe.with_stages(epochs=1, batch=2, size=(60, 80))
     result = train(recipe, Reader(frame), Reader(frame), out=out, workers=0, quiet=True)

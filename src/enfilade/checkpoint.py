@@ -41,6 +41,7 @@ SHIPPED: dict[str, str] = {
     "gad-nyuv2": "weights/gad-nyuv2.safetensors",
     "joint-nyuv2": "weights/joint-nyuv2.safetensors",
     "imenet-rooms": "weights/imenet-rooms.safetensors",
+    "sscnet-rooms": "weights/sscnet-rooms.safetensors",
     "lrn-camvid": "weights/lrn-camvid.safetensors",
 }
 

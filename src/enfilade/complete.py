@@ -1,6 +1,6 @@
 """From a frame to the room behind it: what `enfilade complete`, training and scoring call.
 
-    completer = load("imenet-rooms")
+    completer = load("sscnet-rooms")
     room = completer.complete(image, depth, camera)  # or without depth: the default model's
     room.volume, room.labels, room.observed
 
@@ -11,6 +11,7 @@ found from depth and gravity for anyone's camera (`ops.voxels.place_grid`).
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, no_type_check
 
@@ -119,7 +120,7 @@ class Completer(OnHub):
         Args:
             source: an image, anything `images.read` takes.
             depth: metres of each pixel, 0 or not finite where unknown; None: estimated by `estimator`, a predictor of
-                depth (default: the default model).
+                labels and depth (default: the default model). It also labels the pixels for networks of depth alone.
             camera: the image's; None: from the field of view `fov` in degrees, EXIF, or assumed, see `predict`.
             grid: where the voxels lie; None: placed by `gravity`, the direction of down in the camera frame, or by the
                 floor that is seen, and by the camera's `height` above it, see `place_grid`.
@@ -131,10 +132,7 @@ class Completer(OnHub):
         image = images.read(source)
         told: Prediction | None = None
         if depth is None or camera is None:
-            if estimator is None:
-                from enfilade.predict import load as load_predictor
-
-                estimator = load_predictor()
+            estimator = estimator or default()
             told = estimator.predict(image, camera=camera, fov=fov)
             assert told is not None
             assert told.camera is not None
@@ -176,6 +174,9 @@ class Completer(OnHub):
         found = None
         if output.logits is not None:
             found = pixels(output, *metres.shape)
+        else:  # a network of depth alone says nothing of the pixels
+            seen_as: Prediction = told or (estimator or default()).predict(image, camera=camera)
+            found = seen_as.in_space(SPACE).labels if (seen_as.space, SPACE) in labels.MAPPINGS else None
         return Room(
             volume=LabelVolume(answer, coarse.origin, coarse.size),
             observed=observed,
@@ -195,6 +196,14 @@ class Completer(OnHub):
         """The size at which the network sees an image: the aspect ratio kept, the area that of training."""
         factor = (self.size[0] * self.size[1] / (height * width)) ** 0.5
         return max(32, round(height * factor)), max(32, round(width * factor))
+
+
+@lru_cache(maxsize=1)
+def default() -> Any:
+    """The default predictor: of depth where none is given, of labels where the network gives none."""
+    from enfilade.predict import load as load_predictor
+
+    return load_predictor()
 
 
 def pixels(output: Output, height: int, width: int) -> UInt8[np.ndarray, "h w"]:
@@ -268,14 +277,16 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def load(model: str | Path = "imenet-rooms", device: str | torch.device | None = None) -> Completer:
+def load(model: str | Path = "sscnet-rooms", device: str | torch.device | None = None) -> Completer:
     """A completer from a shipped model's name, a model file or a run's folder. Raises UserError, see `checkpoint.load`,
     and for a model that completes nothing."""
     from enfilade.checkpoint import load as load_checkpoint
 
     loaded = load_checkpoint(model)
     if "tsdf" not in getattr(loaded.network, "uses", ()):
-        raise UserError(f"{model} completes no rooms: take imenet-rooms, or a model trained by an imenet recipe")
+        raise UserError(
+            f"{model} completes no rooms: take sscnet-rooms, imenet-rooms, or a model trained by an imenet recipe"
+        )
     return Completer(loaded.network, loaded.meta, device=device)
 
 

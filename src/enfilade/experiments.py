@@ -163,7 +163,7 @@ TABLES: dict[str, Table] = {
             Row("C: +IL +DCP", "imenet-c", (62.2, 42.8, 75.5)),
             Row("D: +IL +DDA", "imenet-d", (47.4, 44.8, 77.7)),
             Row("E: +IL +DCP +DDA", "imenet-e", (65.6, 47.5, 79.1)),
-            Row("SSCNet (Table 1)", "sscnet-rooms", (float("nan"), 40.0, 73.2)),
+            Row("SSCNet (Table 1)", "imenet-sscnet", (float("nan"), 40.0, 73.2)),
             Row("IMENet-2DGT", "imenet-2dgt"),
             Row("IMENet-3DGT", "imenet-3dgt"),
         ),

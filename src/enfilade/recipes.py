@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from enfilade.errors import unknown
 from enfilade.recipes_gad import ABLATION, fpn_peer, gad_ablation, gad_nyuv2, gad_paper, gad_semi
-from enfilade.recipes_imenet import IMENET_ROWS, imenet_paper, imenet_rooms, imenet_row, sscnet_rooms
+from enfilade.recipes_imenet import IMENET_ROWS, imenet_paper, imenet_rooms, imenet_row, sscnet_rooms, sscnet_row
 from enfilade.recipes_joint import JOINT_ROWS, joint_paper, joint_row
 from enfilade.recipes_lrn import CAMVID_ROWS, camvid_row, lrn_camvid, lrn_paper
 from enfilade.recipes_rsn import RSN_ROWS, rsn_nyuv2, rsn_paper, rsn_row
@@ -27,6 +27,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "imenet-paper": imenet_paper,
     **{name: (lambda weights=None, name=name: imenet_row(name, weights)) for name in IMENET_ROWS},
     "imenet-rooms": imenet_rooms,
+    "imenet-sscnet": sscnet_row,
     "sscnet-rooms": sscnet_rooms,
     "lrn-camvid": lrn_camvid,
     "lrn-paper": lrn_paper,

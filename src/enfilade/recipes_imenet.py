@@ -126,7 +126,7 @@ def imenet_rooms(weights: str | None = None) -> Recipe:
     return row.replace(name="imenet-rooms", stages=(*row.stages, last))
 
 
-def sscnet_rooms(weights: str | None = None) -> Recipe:
+def sscnet_row(weights: str | None = None) -> Recipe:
     """SSCNet alone, the baseline of IMENet's Table 1, at a quarter of its width with batch norm: 2 epochs, twice as
     many empty voxels as full ones.
 
@@ -134,8 +134,16 @@ def sscnet_rooms(weights: str | None = None) -> Recipe:
     """
     stage = replace(imenet_row("imenet-a").stages[1], name="3d", losses={"volume_balanced": 1.0}, lr=2e-3, lr_parts={})
     return imenet_row("imenet-a", weights).replace(
-        name="sscnet-rooms",
+        name="imenet-sscnet",
         model="completion",
         arguments={"backbone": "sscnet", "width": 0.25, "bn": True, "weights": weights},
         stages=(stage,),
     )
+
+
+def sscnet_rooms(weights: str | None = None) -> Recipe:
+    """The default completion model: SSCNet, and 600 rooms more in which what lies behind the walls counts as empty, as
+    `imenet_rooms` has it."""
+    row = sscnet_row(weights)
+    last = replace(row.stages[0], name="outside", epochs=1, samples=600, losses={"volume_outside": 1.0}, lr=1e-3)
+    return row.replace(name="sscnet-rooms", stages=(*row.stages, last))

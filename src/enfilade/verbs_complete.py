@@ -29,7 +29,7 @@ class Complete:
     """Metres per stored unit of the depth map."""
     out: Folder = "out"
     """Folder for IMAGE.room.npz, .room.ply and .room.html."""
-    model: Model = "imenet-rooms"
+    model: Model = "sscnet-rooms"
     """A shipped completion model, a model file, or the folder of a training run."""
     camera: MaybeFile = None
     """JSON file with {"fx", "fy", "cx", "cy"}."""

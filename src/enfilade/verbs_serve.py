@@ -11,7 +11,7 @@ from enfilade.errors import UserError
 from enfilade.options import Count, Device, Flag, MaybeCount, Name, Precision, positive
 
 NEEDED = ("fastapi", "uvicorn", "python_multipart")
-COMPLETION = "imenet-rooms"
+COMPLETION = "sscnet-rooms"
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Serve:
     models: Annotated[tuple[str, ...], arg(metavar="NAME|FILE|RUN [...]")] = ("gad-nyuv2",)
     """Models to choose among, the first the default; requests can name no others."""
     completion: Annotated[str | None, arg(metavar="NAME|FILE|RUN|none", help_behavior_hint="")] = None
-    """Model that completes rooms; default: imenet-rooms where it is installed; none for no completion."""
+    """Model that completes rooms; default: sscnet-rooms where it is installed; none for no completion."""
     device: Device = None
     """cpu, cuda, cuda:1 ...; default: a GPU where there is one."""
     precision: Precision = "auto"
