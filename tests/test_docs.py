@@ -335,6 +335,19 @@ def test_table_of_the_crf_is_that_of_the_benchmark():
         assert told == [round(ms) for ms in runs], shown
 
 
+def test_second_table_of_the_crf_is_that_of_its_benchmark():
+    found = json.loads((DOCS / "benchmarks/crf-2026-11-22.json").read_text())
+    text = (DOCS / "performance.md").read_text()
+    shown_as = {"both lattices built, none kept": "build both lattices", "**10 iterations, again**": "fused"}
+    shown_as |= {"10 iterations, Potts, again": "fused, Potts", "10 iterations, batch of 4": "fused, batch"}
+    shown_as |= {"forward and backward with checkpoints": "train, checkpoints"}
+    for shown, key in shown_as.items():
+        line = [line for line in text.splitlines() if line.startswith(f"| {shown} |")][-1]
+        told = [[int(ms.replace(",", "")) for ms in cell.strip(" *").split(", ")] for cell in line.split("|")[2:6]]
+        runs = [found[f"threads_{n}"]["thetas"][k]["rows"][key] for k in (0, 1) for n in (1, 2)]
+        assert told == [[round(run["ms"]), round(run["min_ms"])] for run in runs], shown
+
+
 def test_benchmark_files_tell_no_paths():
     for path in (DOCS / "benchmarks").glob("*.json"):
         content = json.loads(path.read_text())

@@ -1,11 +1,13 @@
 """Every system in every format against torch, at sizes and batches that the exporter never saw. What the networks of
 pixels alone do in ONNX is in test_export.py."""
 
-import io
+import functools
+import importlib.util
 import json
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import jaxtyping
@@ -20,7 +22,9 @@ from enfilade.checkpoint import Loaded
 from enfilade.errors import UserError
 from enfilade.export_graph import Size
 from enfilade.models import region_support
-from enfilade.models.mutual_enhancement import ContextPyramid
+from enfilade.models.completion3d import Hourglass, SketchNet
+from enfilade.models.mutual_enhancement import ContextPyramid, Correction, IMENet, SegDecoder
+from enfilade.models.region_support import Generation, Refinement
 from enfilade.predict import Predictor
 
 pytest.importorskip("onnx")
@@ -56,6 +60,7 @@ def build(system: str) -> nn.Module:
     torch.manual_seed(0)
     model, arguments = SYSTEMS[system]
     network = checkpoint.build(model, arguments | {"weights": None})
+    thin(network)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
             module.running_var.uniform_(0.5, 2)
@@ -68,6 +73,40 @@ def build(system: str) -> nn.Module:
     return network.eval()
 
 
+class Coarse(nn.Module):
+    """Stands for IMENet's 3-D backbone, which is exported by itself (`sscnet`, `sketch`)."""
+
+    def __init__(self):
+        super().__init__()
+        self.classify = nn.Conv3d(1, VOLUMES["classes"], 1)
+
+    def forward(self, tsdf):
+        return self.classify(nn.functional.avg_pool3d(tsdf, 4))
+
+
+def thin(network: nn.Module) -> None:
+    """Leave out what is there again, layers that others are alike but for their dilation: the exporter takes as long
+    for each as for the first."""
+    for module in network.modules():
+        if isinstance(module, IMENet):
+            module.backbone = Coarse()
+        if isinstance(module, SegDecoder):
+            del module.pyramid[1:3]
+        if isinstance(module, Correction):
+            rank = module.pyramid.rank
+            module.pyramid = ContextPyramid(VOLUMES["classes"], rank, {2: (1, 3), 3: (2,)}[rank])
+        if isinstance(module, SketchNet):
+            module.semantic = module.semantic.classify  # its hourglass is that of the sketch
+        if isinstance(module, Hourglass):
+            for level in (module.upper, module.lower):
+                del level[1:3]
+        if isinstance(module, Generation | Refinement):
+            del module.regress[2:-1]
+        if isinstance(module, Refinement):
+            del module.units[1:]
+
+
+@functools.cache
 def predictor_of(system: str) -> Predictor:
     volumes = SYSTEMS[system][0] in ("completion", "imenet")
     meta = {"model": SYSTEMS[system][0], "space": "ssc12" if volumes else "nyu40", "size": [48, 64]}
@@ -76,7 +115,7 @@ def predictor_of(system: str) -> Predictor:
 
 @pytest.fixture(scope="module", autouse=True)
 def _traced_once():
-    """One trace for both formats. Without the annotations that tests enforce: its sizes are symbols, and no `int`."""
+    """One trace of a network for all its files. Without annotations, which tests enforce: its sizes are no `int`."""
     traced: dict[int, tuple] = {}
 
     def trace(predictor):
@@ -95,10 +134,10 @@ def _traced_once():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _three_scales():
-    """Of the pyramid unit, for the time's sake: one that is the map itself, two that are pooled."""
+def _two_scales():
+    """Of the pyramid unit, for the time's sake: the map itself, and one that is pooled, of small maps to one cell."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(region_support, "SCALES", (2, 10, 80))
+        patch.setattr(region_support, "SCALES", (2, 40))
         yield
 
 
@@ -117,10 +156,15 @@ def graph(predictor) -> bytes:
     return export_onnx.to_onnx(predictor, 20).SerializeToString()
 
 
+@functools.cache
+def archive_of(system: str) -> tuple[bytes, dict]:
+    return export_torch.to_archive(predictor_of(system))
+
+
 @pytest.fixture(scope="module")
-def archive(predictor, graph) -> tuple[bytes, dict]:
+def archive(system, graph) -> tuple[bytes, dict]:
     """After the graph: making an archive strips what the trace notes."""
-    return export_torch.to_archive(predictor)
+    return archive_of(system)
 
 
 def own_answers(system: str, network: nn.Module, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -141,8 +185,19 @@ def own_answers(system: str, network: nn.Module, feed: dict[str, np.ndarray]) ->
 
 
 @pytest.fixture(scope="module")
-def runs(graph, archive) -> dict:
-    return {"onnx": export_onnx.runner(graph), "torch": export_torch.runner(archive[0])}
+def loaded(archive) -> tuple[torch.export.ExportedProgram, export_check.Run]:
+    """What torch makes of the archive, and what runs it."""
+    load, programs = torch.export.load, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.export, "load", lambda file: programs.append(load(file)) or programs[-1])
+        run = export_torch.runner(archive[0])
+    (program,) = programs
+    return program, run
+
+
+@pytest.fixture(scope="module")
+def runs(graph, loaded) -> dict:
+    return {"onnx": export_onnx.runner(graph), "torch": loaded[1]}
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s.batch}x{s.width}x{s.height}")
@@ -189,16 +244,17 @@ def test_a_voxel_map_of_another_frame_gives_another_answer(predictor, system, ru
     if system != "imenet":
         pytest.skip("has no projection")
     feed = export_graph.example(predictor, SIZES[0])
-    moved = feed | {"voxels": feed["voxels"][..., ::-1].copy()}
-    assert np.abs(runs["onnx"](feed)[1] - runs["onnx"](moved)[1]).max() > 0.05
+    voxels = np.full_like(feed["voxels"], -1)
+    voxels[..., ::5, ::5] = feed["voxels"][..., ::5, ::5]  # about one pixel a voxel, of more the mean hardly changes
+    answers = [runs["onnx"](feed | {"voxels": x.copy()})[1] for x in (voxels, voxels[..., ::-1])]
+    assert np.abs(answers[0] - answers[1]).max() > 0.05
 
 
 # --- archives ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_archive_holds_torch_operators_only(archive):
-    program = torch.export.load(io.BytesIO(archive[0]))
-    targets = {str(n.target) for n in program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+def test_an_archive_holds_torch_operators_only(loaded):
+    targets = {str(n.target) for n in loaded[0].graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
     assert targets
     assert {name.split(".")[0] for name in targets} <= {"aten", "prim", "higher_order"}
 
@@ -209,8 +265,7 @@ GUIDE = Path(__file__).parents[1] / "docs" / "deploy.md"
 def test_an_archive_with_torch_alone(tmp_path):
     """The guide's own lines, in a process that cannot import Enfilade."""
     predictor = predictor_of("sscnet")
-    data, _ = export_torch.to_archive(predictor)
-    (tmp_path / "room.pt2").write_bytes(data)
+    (tmp_path / "room.pt2").write_bytes(archive_of("sscnet")[0])
     feed = export_graph.example(predictor, SIZES[1])
     np.savez(tmp_path / "feed.npz", **feed)
     (loading,) = re.findall(r"```python\n(import json\nimport torch\n.*?)```", GUIDE.read_text(), re.DOTALL)
@@ -247,9 +302,9 @@ def test_export_writes_an_archive(tmp_path, monkeypatch):
     text = export.table(report)
     assert "the archive" in text
     assert "48, 24x16x32" in text
-    notes = {"enfilade.json": ""}
-    torch.export.load(tmp_path / "room.pt2", extra_files=notes)
-    assert json.loads(notes["enfilade.json"])["inputs"][0]["shape"] == report.inputs["tsdf"]
+    with zipfile.ZipFile(tmp_path / "room.pt2") as archive:
+        (notes,) = (name for name in archive.namelist() if Path(name).name.startswith("enfilade.json"))
+        assert json.loads(archive.read(notes))["inputs"][0]["shape"] == report.inputs["tsdf"]
 
 
 def test_an_archive_that_cannot_be_loaded_is_not_written(tmp_path, monkeypatch):
@@ -342,3 +397,68 @@ def test_the_rays_of_an_imenet_are_an_input():
     feed = export_graph.example(Predictor(network, {"space": "ssc12"}, device="cpu"), SIZES[1])
     assert feed["pixels"].shape == (3, 5, 7, 3)
     assert set(export_graph.answers(network, feed)) == {"probabilities", "volume_probabilities"}
+
+
+# --- the table of the benchmark ---------------------------------------------------------------------------------------
+
+SCRIPT = GUIDE.parents[1] / "benchmarks" / "export.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    if not SCRIPT.is_file():
+        pytest.skip("needs benchmarks/export.py, which the source archive does not hold")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        spec = importlib.util.spec_from_file_location("export_benchmark", SCRIPT)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def test_the_guide_has_the_table_of_the_benchmark(benchmark):
+    found = json.loads((GUIDE.parent / "benchmarks" / "export.json").read_text())
+    text = GUIDE.read_text()
+    for line in benchmark.table(found):
+        assert line in text.splitlines()
+    for told in (found["date"], found["hardware"]):
+        assert told in text
+
+
+def test_cells_of_the_benchmark(benchmark, monkeypatch, tmp_path):
+    """A refusal and a failure are told, each once, and leave the other cells alone."""
+    report = {"bytes": 2_500_000, "inputs": {"image": []}, "outputs": {"probabilities": [], "depth": []}, "int8": None}
+    report["latency"] = {"height": 48, "width": 64, "torch": 30.0, "exported": 20.0, "grid": None}
+    outputs = [{"probabilities": 1e-6, "depth": 4e-6}, {"probabilities": 3e-6, "depth": 2e-6}]
+    report["differences"] = [{"outputs": x, "beyond": 0.0} for x in outputs]
+    judged = {"pixels": 0.0121, "voxels": None, "depth": 0.002, "onnxruntime_fp32": 30.0, "onnxruntime_int8": 20.0}
+    told = {
+        "onnx": report,
+        "torch": {"refused": "no"},
+        "static": report | {"int8": judged},
+        "dynamic": {"failed": "no"},
+    }
+    monkeypatch.setattr(benchmark, "run", lambda name, formats, args: [(format, told[format]) for format in formats])
+    out = tmp_path / "export.json"
+    words = ["export.py", "--systems", "gad-nyuv2", "sscnet", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    benchmark.main()
+    *_, gad, sscnet, blank, first, second = benchmark.table(json.loads(out.read_text()))
+    assert gad == (
+        "| `gad-nyuv2` | 64x48 | 3e-06, 4e-06 m; 2.5 MB; 1.50x | refused (1) | 1.2% labels, 0.2% depth; 2.5 MB; 2.25x "
+        "| failed (1) |"
+    )
+    assert sscnet.endswith("| refused (1) | not run (2) | not run (2) |")
+    assert (blank, first, second) == ("", "1. no", f"2. {benchmark.NOT_JUDGED}")
+
+    assert benchmark.cell_text(report | {"outputs": {"depth": []}}, []) == "4e-06 m; 2.5 MB; 1.50x"
+    volumes = report | {"inputs": {"tsdf": []}, "latency": report["latency"] | {"grid": [24, 16, 32]}}
+    assert benchmark.frame_text({"onnx": {"failed": "no"}, "torch": volumes}) == "24x16x32"
+
+    asked = []
+    monkeypatch.setattr(benchmark, "run", lambda name, formats, args: asked.append((name, formats)) or ())
+    benchmark.main()
+    assert asked == [("gad-nyuv2", ["dynamic"]), ("sscnet", [])]  # what failed is tried again, and nothing else
+    monkeypatch.setattr(sys, "argv", [*words, "--runs", "3"])
+    with pytest.raises(SystemExit, match="was made with other runs: give another --out"):
+        benchmark.main()
