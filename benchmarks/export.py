@@ -129,7 +129,7 @@ def job(name: str, args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     model = loaded(system)
     for format in args.formats:
         begun, work = time.perf_counter(), time.process_time()
-        options = {"int8": format} if format in export_int8.KINDS else {"format": format}
+        options: dict[str, Any] = {"int8": format} if format in export_int8.KINDS else {"format": format}
         with tempfile.TemporaryDirectory() as folder:
             try:
                 report = export.export(model, Path(folder) / "file", runs=args.runs, crf=system.crf, **options)
@@ -211,7 +211,7 @@ def cell_text(cell: dict, reasons: list[str]) -> str:
         changes = []
         for metres, unit in ((False, ""), (True, " m")):
             if found := [x for key, x in largest.items() if key.startswith("depth") == metres]:
-                changes.append(f"{max(found):.0e}{unit}")
+                changes.append(f"{max(found):.0e}{unit}" if any(found) else f"0{unit}")
         if beyond := max(d["beyond"] for d in cell["differences"]):
             changes.append(f"{100 * beyond:.1g}% beyond rounding")
     return f"{', '.join(changes)}; {cell['bytes'] / 1e6:.1f} MB; {ratio:.2f}x"
