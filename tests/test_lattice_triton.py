@@ -253,7 +253,7 @@ def test_without_triton_torch_operations_stay(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_where_triton_fails_torch_operations_stay():
-    with pytest.warns(UserWarning, match=r"the lattice runs torch operations on cuda:0: Triton fails there \(.+\)$"):
+    with pytest.warns(UserWarning, match=r"lattices run torch operations on cuda:0: Triton fails there \(.+\)$"):
         assert lattice._kernels.__wrapped__(torch.device("cuda", 0)) is None
     for other in ("cpu", "meta"):
         assert lattice._kernels(torch.device(other)) is None

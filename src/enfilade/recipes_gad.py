@@ -163,6 +163,3 @@ def fpn_peer(weights: str | None = None) -> Recipe:
     )
     arguments = {"architecture": "FPN", "classes": 40, "encoder": "mobilenetv2_100", "weights": weights}
     return Recipe(name="fpn-peer", model="peer", arguments=arguments, stages=(stage,), scale=0.54, focal=None)
-
-
-# --- label refinement -------------------------------------------------------------------------------------------------

@@ -108,6 +108,3 @@ def joint_row(name: str, weights: str | None = None) -> Recipe:
         focal=NYU_FOCAL * 0.54,
         class_weighting=0.5,
     )
-
-
-# --- region support ---------------------------------------------------------------------------------------------------

@@ -96,6 +96,3 @@ def lrn_camvid(weights: str | None = None) -> Recipe:
     )
     arguments = {"classes": 11, "encoder": "mobilenetv2_100", "weights": weights, "widths": (96, 64, 48, 24, 16)}
     return camvid("lrn-camvid", "lrn", arguments, crops, whole, exact)
-
-
-# --- joint segmentation and depth with a CRF --------------------------------------------------------------------------

@@ -194,6 +194,3 @@ def rsn_nyuv2(weights: str | None = None) -> Recipe:
     return rsn_row("rsn-end-to-end", weights).replace(
         name="rsn-nyuv2", stages=(generation, both), scale=0.65, focal=NYU_FOCAL * 0.65
     )
-
-
-# --- completion -------------------------------------------------------------------------------------------------------

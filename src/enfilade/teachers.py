@@ -14,6 +14,7 @@ from torch import Tensor
 
 from enfilade import checkpoint
 from enfilade.errors import UserError
+from enfilade.models.encoders import ceil_div
 from enfilade.stages import Recipe
 
 
@@ -44,8 +45,8 @@ class Teachers:
     @torch.no_grad()
     def __call__(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k _ _"]:
         """Their common answer: the mean of their log-probabilities, at a quarter of the crop's resolution."""
-        size = [-(-side // 4) for side in image.shape[-2:]]
-        total = torch.zeros(())
+        size = [ceil_div(side, 4) for side in image.shape[-2:]]
+        answers = []
         for network, factor in self.networks:
             seen = image
             if abs(factor - 1) > 1e-3:
@@ -56,5 +57,5 @@ class Teachers:
             if logits is None:
                 raise UserError("a teacher answers without labels: take a model of labels")
             log_p = F.log_softmax(logits.float(), 1)
-            total = total.to(log_p.device) + F.interpolate(log_p, size, mode="bilinear", align_corners=False)
-        return total / len(self.networks)
+            answers.append(F.interpolate(log_p, size, mode="bilinear", align_corners=False))
+        return torch.stack(answers).mean(0)

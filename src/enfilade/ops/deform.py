@@ -22,7 +22,6 @@ samples in the backward pass.
 `torch.export` and `torch.compile` see one operator, `enfilade::deform_conv3d`, whose backward pass is another.
 """
 
-import warnings
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import pairwise, product
@@ -39,6 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from enfilade.errors import UserError
 from enfilade.ops.deform_loops import PAIR, add_rows, backward, fill_rows, forward
 from enfilade.ops.lattice import run_parts
+from enfilade.ops.trial import works
 
 Triple = tuple[int, int, int]
 
@@ -118,18 +118,12 @@ def has_kernels(x: Tensor) -> bool:
 
 @cache
 def _triton_works(device: torch.device) -> bool:
-    """Tried once, on one voxel: Triton does not know every GPU, and wants a C compiler."""
+    """Tried once, on one voxel."""
     from enfilade.ops import deform_triton
 
     one, steps = torch.ones(1, 1, 1, 1, 1, device=device), torch.zeros(1, 3, 1, 1, 1, device=device)
-    try:
-        deform_triton.forward(one, steps, one, None, (1, 1, 1), (0, 0, 0), (1, 1, 1), 1, 1)
-    except Exception as problem:  # whatever it is, there is another way
-        reason = (str(problem) or type(problem).__name__).split("\n")[0]
-        text = f"deformable convolutions run torch operations on {device}: Triton fails there ({reason})"
-        warnings.warn(text, stacklevel=4)
-        return False
-    return True
+    args = one, steps, one, None, (1, 1, 1), (0, 0, 0), (1, 1, 1), 1, 1
+    return works(lambda: deform_triton.forward(*args), "deformable convolutions", device)
 
 
 def _triple(name: str, value, least: int) -> Triple:

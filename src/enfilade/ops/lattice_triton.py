@@ -9,7 +9,6 @@ operations where it is missing.
 """
 
 import contextlib
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, no_type_check
 
@@ -18,6 +17,8 @@ import triton
 import triton.language as tl
 from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
+
+from enfilade.ops.trial import works
 
 if TYPE_CHECKING:
     from enfilade.ops.lattice import Lattice
@@ -35,13 +36,11 @@ def available(device: torch.device) -> bool:
         return device.type in ("cpu", "cuda")
     if device.type != "cuda":
         return False
-    try:
+
+    def launch() -> None:
         blur(torch.zeros(1, 1, device=device), torch.zeros(1, 2, dtype=torch.int32, device=device))
-    except Exception as problem:  # an old GPU, no C compiler for Triton's launcher, ...: not worth failing for
-        reason = str(problem).split("\n")[0]
-        warnings.warn(f"the lattice runs torch operations on {device}: Triton fails there ({reason})", stacklevel=2)
-        return False
-    return True
+
+    return works(launch, "lattices", device)
 
 
 @dataclass(frozen=True)
