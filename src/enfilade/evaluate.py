@@ -88,6 +88,7 @@ def score(
             on_frame(i, sample, prediction)
     elapsed = time.perf_counter() - begun
     augmentation, crf = getattr(predictor, "augmentation", None), getattr(predictor, "crf", None)
+    also = [other.meta.get("recipe", "given") for other in getattr(predictor, "also", ())]
     protocol = {
         "data": reader.name,
         "frames": count,
@@ -98,6 +99,7 @@ def score(
         "depth_cap_m": depth_cap,
         "ignored_classes": [space.names[c] for c in ignored],
         "classes_scored": len(space) - len(ignored),
+        **({"also": also} if also else {}),
         **({} if crf is None else {"crf": crf.describe()}),
         **({"given": told} if told else {}),
         **({"guide": guide.meta.get("recipe", "given")} if guide is not None else {}),

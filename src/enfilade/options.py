@@ -132,6 +132,8 @@ class Answering:
 
     model: Model = "gad-nyuv2"
     """A shipped model, a model file, or the folder of a training run."""
+    also: Annotated[tuple[str, ...], arg(metavar="MODEL [MODEL ...]", help_behavior_hint="")] = ()
+    """Average the answers of these models too: better, in the time of all."""
     flip: Flag = True
     """Without it the answers for the image and its mirror image are averaged: better, at twice the time."""
     scales: Annotated[tuple[float, ...], arg(metavar="S [S ...]")] = (1.0,)

@@ -59,6 +59,9 @@ class Predictor(OnHub):
     share `overlap` of their sides; their answers are blended. With `resolution` "source" the training scale is a
     factor of the image's own pixels, not the area of the training input. See `tta.Augmentation`.
 
+    `also` are further predictors of the same labels, of RGB alone. They see the same image, each at its own size, and
+    probabilities and depth are averaged, each network counting alike: better than any of them, in the time of all.
+
     `crf` refines the labels by colours and depth before they are chosen: True, or a `refine.CRF` with other settings.
 
     A network that is guided by region support or by labels (RSN's refinement alone) is given them with each image, or
@@ -82,6 +85,7 @@ class Predictor(OnHub):
         precision: Literal["fp32", "bf16", "auto"] = "auto",
         crf: "bool | CRF" = False,
         guide: "Predictor | None" = None,
+        also: Sequence["Predictor"] = (),
     ):
         if precision not in ("fp32", "bf16", "auto"):
             raise UserError(f"precision is fp32, bf16 or auto, not {precision!r}")
@@ -99,6 +103,15 @@ class Predictor(OnHub):
             raise UserError(
                 f"the guide answers in {guide.space.name}, this model wants {self.space.name}: take another"
             )
+        for other in also:
+            if other.space.name != self.space.name:
+                raise UserError(
+                    f"of two models to be averaged, one answers in {self.space.name}, one in {other.space.name}: "
+                    "take models of the same labels"
+                )
+            if uses := getattr(other.network, "uses", ()):
+                raise UserError(f"a model that is averaged with another sees RGB alone, and one takes {uses[0]} too")
+        self.also = tuple(also)
         height, width = self.meta["size"]
         self.area = int(height * width)
         self.window = self.augmentation.window_size((height, width))
@@ -154,15 +167,16 @@ class Predictor(OnHub):
         holds each image's further maps, as `predict` names them; all images have the same ones."""
         read = [images.read(source) for source in sources]
         placed = [self._camera(image, camera, fov) for image in read]
-        scales = sorted(self.augmentation.scales, reverse=True)  # the largest first: the others join its grid
-        inputs = [[self.prepare(image.rgb, scale) for scale in scales] for image in read]
+        # Each network and scale; the largest scale first, since the others join its grid
+        views = [(p, s) for p in (self, *self.also) for s in sorted(p.augmentation.scales, reverse=True)]
+        inputs = [[member.prepare(image.rgb, scale) for member, scale in views] for image in read]
         maps = [self.guidance(i, p[0], own) for i, p, own in zip(read, placed, given or [{}] * len(read))]
         more = tuple(maps[0]) if maps else ()
         for seen, (own_camera, _), own in zip(inputs, placed, maps):
-            planes = [[self.plane(name, own[name], own_camera, scale) for name in more] for scale in scales]
+            planes = [[p.plane(name, own[name], own_camera, s) for name in more if p is self] for p, s in views]
             seen[:] = [np.concatenate([rgb, *extra]) for rgb, extra in zip(seen, planes)]
         shapes = [image.rgb.shape for image in read]
-        sizes = [[self.input_size(height, width, scale) for scale in (1.0, *scales)] for height, width, _ in shapes]
+        sizes = [[p.input_size(height, width, s) for p, s in ((self, 1.0), *views)] for height, width, _ in shapes]
         at_once = batch_size if self.window is None else 1  # windows come in batches of their own
         predictions = []
         while len(predictions) < len(inputs):
@@ -171,9 +185,11 @@ class Predictor(OnHub):
             while last < min(len(inputs), first + at_once) and sizes[last] == sizes[first]:
                 last += 1
             stacked = (torch.from_numpy(np.stack(seen)) for seen in zip(*inputs[first:last]))
-            (h, w), *larger = sizes[first]
-            factors = [math.sqrt(h2 * w2 / (h * w)) for h2, w2 in larger]
-            output = tta.average((self.infer(seen, more), factor) for seen, factor in zip(stacked, factors))
+            (h, w), *each = sizes[first]
+            # From a view's canonical camera to that of this predictor at scale 1
+            factors = [math.sqrt(h2 * w2 / (h * w)) * self.focal / p.focal for (h2, w2), (p, _) in zip(each, views)]
+            answers = (p.infer(seen, more if p is self else ()) for seen, (p, _) in zip(stacked, views))
+            output = tta.average(zip(answers, factors))
             predictions += [self._finish(read[i], *placed[i], output, i - first) for i in range(first, last)]
         return predictions
 
@@ -387,15 +403,19 @@ def load(
     precision: Literal["fp32", "bf16", "auto"] = "auto",
     crf: "bool | CRF" = False,
     guidance: Literal["predicted", "truth"] = "predicted",
+    also: Sequence[str | Path] = (),
 ) -> Predictor:
-    """A predictor from a shipped model's name, a model file or a run's folder; for the options see `Predictor`. A
-    network that is guided by labels or region support has the default model for its guide, or with `guidance` "truth"
-    is given the truth with each image. Raises UserError, see `checkpoint.load`."""
+    """A predictor from a shipped model's name, a model file or a run's folder; for the options see `Predictor`. `also`
+    names further models, whose answers are averaged with this one's. A network that is guided by labels or region
+    support has the default model for its guide, or with `guidance` "truth" is given the truth with each image. Raises
+    UserError, see `checkpoint.load`."""
     from enfilade.checkpoint import load as load_checkpoint
 
     augmentation = tta.Augmentation(flip, scales, window, overlap, resolution)  # complains before anything is read
     loaded = load_checkpoint(model)
-    options: dict[str, Any] = augmentation.options() | {"precision": precision, "crf": crf}
+    options: dict[str, Any] = augmentation.options() | {"precision": precision}
+    members = [load(other, device, **options, guidance="truth") for other in also]
+    options |= {"crf": crf, "also": members}
     if guidance == "predicted" and {"labels", "support"} & set(getattr(loaded.network, "uses", ())):
         options["guide"] = load(device=device, flip=flip, precision=precision)
     return Predictor(loaded.network, loaded.meta, device=device, **options)

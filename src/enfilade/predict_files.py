@@ -412,7 +412,8 @@ def fingerprint(predictor: Predictor) -> dict[str, Any]:
         state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     options: dict[str, Any] = {"model": state.hexdigest()[:16]} | predictor.augmentation.options()
     options |= {"precision": predictor.precision, "crf": predictor.crf and predictor.crf.describe()}
-    return options | {"guide": predictor.guide and fingerprint(predictor.guide)}
+    others = {"also": [fingerprint(other) for other in predictor.also]} if predictor.also else {}
+    return options | others | {"guide": predictor.guide and fingerprint(predictor.guide)}
 
 
 def portable(predictor: Predictor) -> Predictor:
@@ -422,11 +423,14 @@ def portable(predictor: Predictor) -> Predictor:
 
 def moved(predictor: Predictor, device: torch.device, network: torch.nn.Module | None = None) -> Predictor:
     """The predictor on another device; its network, if no other is given, moves there."""
+
+    def along(companion: Predictor) -> Predictor:
+        return moved(companion, device, None if network is None else copy.deepcopy(companion.network))
+
     other = copy.copy(predictor)
     other.device, other.network = device, (predictor.network if network is None else network).to(device)
-    if predictor.guide is not None:
-        guide = predictor.guide
-        other.guide = moved(guide, device, None if network is None else copy.deepcopy(guide.network))
+    other.guide = predictor.guide and along(predictor.guide)
+    other.also = tuple(map(along, predictor.also))
     return other
 
 

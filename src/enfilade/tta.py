@@ -123,31 +123,43 @@ def unflip(both: Float[Tensor, "b2 ..."]) -> Float[Tensor, "b ..."]:
 
 @torch.inference_mode()
 def average(answers: Iterable[tuple[Output, float]]) -> Output:
-    """The mean over scales of probabilities (in `logits`), depth and its spread, each with its own grid: that of the
-    first answer, which should be the largest. To enlarge a coarse answer loses nothing; to shrink a fine one would drop
-    what it alone shows.
+    """The mean over scales and networks of probabilities (in `logits`), depth and its spread, each with its own grid:
+    that of the first answer which has it. Of one network's scales that should be the largest: to enlarge a coarse
+    answer loses nothing; to shrink a fine one would drop what it alone shows. What an answer lacks is the mean of the
+    others.
 
-    `answers` holds each scale's answer and the factor by which the image was larger there than at scale 1.
+    `answers` holds each answer and the factor of its depth: by how much larger the image was than at scale 1.
     """
-    probabilities = depth = spread = None
-    count = 0
-    for answer, scale in answers:
-        count += 1
+    probabilities, depth, spread = _Mean(), _Mean(), _Mean()
+    for answer, factor in answers:
         if answer.logits is not None:
-            probabilities = _add(probabilities, answer.logits)
+            probabilities.add(answer.logits)
         if answer.depth is not None:
-            depth = _add(depth, answer.depth[:, None] * scale)
+            depth.add(answer.depth[:, None] * factor)
         if answer.depth_spread is not None:
-            spread = _add(spread, answer.depth_spread[:, None] * scale)
+            spread.add(answer.depth_spread[:, None] * factor)
+    metres, deviation = depth.result(), spread.result()
     return Output(
-        logits=None if probabilities is None else probabilities / count,
-        depth=None if depth is None else depth[:, 0] / count,
-        depth_spread=None if spread is None else spread[:, 0] / count,
+        logits=probabilities.result(),
+        depth=None if metres is None else metres[:, 0],
+        depth_spread=None if deviation is None else deviation[:, 0],
     )
 
 
-def _add(total: Tensor | None, x: Tensor) -> Tensor:
-    return x if total is None else total + F.interpolate(x, total.shape[-2:], mode="bilinear", align_corners=False)
+class _Mean:
+    """A mean of maps on the grid of the first."""
+
+    def __init__(self):
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def add(self, x: Tensor) -> None:
+        if self.total is not None:
+            x = self.total + F.interpolate(x, self.total.shape[-2:], mode="bilinear", align_corners=False)
+        self.total, self.count = x, self.count + 1
+
+    def result(self) -> Tensor | None:
+        return None if self.total is None else self.total / self.count
 
 
 def cover(size: int, window: int, overlap: float) -> list[int]:
