@@ -1,7 +1,6 @@
 """Several networks that answer as one: their mean, in one camera's metres, and what they cannot do together."""
 
 import copy
-import itertools
 import json
 
 import cv2
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import enfilade
-from enfilade import checkpoint
+from enfilade import checkpoint, tta
 from enfilade.camera import Camera
 from enfilade.cli import main
 from enfilade.errors import UserError
@@ -59,20 +58,24 @@ def photo(height=90, width=120, seed=0) -> np.ndarray:
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_the_answer_is_the_mean(flip):
-    """The definition, written out: each network at its own size; the second one's depth from its camera to the
-    first's."""
+    """The definition, written out: each network at its own size, the mean over mirror images; then the geometric mean
+    of probabilities, and the mean of depth, the second one's brought from its camera to the first's."""
     first, second, image = Pixelwise(0, 4), Pixelwise(1, 2), photo()
     both = Predictor(first, META, flip=flip, also=[Predictor(second, OTHER, flip=flip)])
     answer = both.predict(image)
-    probabilities, depths = [], []
-    for (network, (h, w), factor), mirrored in itertools.product(
-        [(first, (48, 64), 1.0), (second, (60, 80), 60 / 48 * 50 / 90)], (False, True) if flip else (False,)
-    ):
+    logarithms, depths = [], []
+    for network, (h, w), factor in ((first, (48, 64), 1.0), (second, (60, 80), 60 / 48 * 50 / 90)):
         seen = torch.from_numpy(cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA)).movedim(-1, 0)[None]
-        output = network(seen.flip(-1) if mirrored else seen)
-        for found, x in ((probabilities, output.logits.softmax(1)), (depths, output.depth[:, None] * factor)):
-            found.append(F.interpolate(x.flip(-1) if mirrored else x, (12, 16), mode="bilinear"))
-    labels, confidence = decide_reference(torch.cat(probabilities).mean(0), 90, 120)
+        outputs = [(network(x), x is not seen) for x in ((seen, seen.flip(-1)) if flip else (seen,))]
+        p = sum(o.logits.softmax(1).flip(-1) if mirrored else o.logits.softmax(1) for o, mirrored in outputs)
+        z = sum(o.depth.flip(-1) if mirrored else o.depth for o, mirrored in outputs)
+        for found, x in (
+            (logarithms, (p / len(outputs)).clamp(min=tta.LEAST).log()),
+            (depths, factor * z[:, None] / len(outputs)),
+        ):
+            found.append(F.interpolate(x, (12, 16), mode="bilinear"))
+    together = torch.cat(logarithms).mean(0).exp()
+    labels, confidence = decide_reference(together / together.sum(0), 90, 120)
     depth = F.interpolate(torch.cat(depths).mean(0, keepdim=True), (90, 120), mode="bilinear")[0, 0]
     np.testing.assert_allclose(answer.depth, depth, rtol=1e-4)
     np.testing.assert_allclose(answer.confidence, confidence, atol=1e-5)

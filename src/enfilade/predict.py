@@ -60,7 +60,7 @@ class Predictor(OnHub):
     factor of the image's own pixels, not the area of the training input. See `tta.Augmentation`.
 
     `also` are further predictors of the same labels, of RGB alone. They see the same image, each at its own size, and
-    probabilities and depth are averaged, each network counting alike: better than any of them, in the time of all.
+    answer together, each counting alike (`tta.together`): better than any of them, in the time of all.
 
     `crf` refines the labels by colours and depth before they are chosen: True, or a `refine.CRF` with other settings.
 
@@ -189,7 +189,7 @@ class Predictor(OnHub):
             # From a view's canonical camera to that of this predictor at scale 1
             factors = [math.sqrt(h2 * w2 / (h * w)) * self.focal / p.focal for (h2, w2), (p, _) in zip(each, views)]
             answers = (p.infer(seen, more if p is self else ()) for seen, (p, _) in zip(stacked, views))
-            output = tta.average(zip(answers, factors))
+            output = (tta.together if self.also else tta.average)(zip(answers, factors))
             predictions += [self._finish(read[i], *placed[i], output, i - first) for i in range(first, last)]
         return predictions
 

@@ -16,7 +16,7 @@ depth at scale 1, and only then are scales averaged. All windows of an image are
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -32,6 +32,7 @@ Resolution = Literal["area", "source"]
 ALIGN = 8  # network pixels: windows begin at multiples of it, so that answers at 1/2, 1/4 and 1/8 meet on one grid
 MIN_SIDE = 32  # network pixels, of a window: smaller ones show nothing that could be told apart
 FORWARD = 8  # windows that go through the network together
+LEAST = 1e-6  # probability: a network that gives a class less says no more by it
 FLOOR = 0.01  # of a window's weight, so that what only its edge covers has an answer too
 
 
@@ -144,6 +145,18 @@ def average(answers: Iterable[tuple[Output, float]]) -> Output:
         depth=None if metres is None else metres[:, 0],
         depth_spread=None if deviation is None else deviation[:, 0],
     )
+
+
+@torch.inference_mode()
+def together(answers: Iterable[tuple[Output, float]]) -> Output:
+    """As `average`, for the answers of several networks: probabilities by their geometric mean, so that a class which
+    one of them rules out is not chosen; depth and its spread by the mean."""
+
+    def logarithms(output: Output) -> Output:
+        return output if output.logits is None else replace(output, logits=output.logits.clamp(min=LEAST).log())
+
+    mean = average((logarithms(output), factor) for output, factor in answers)
+    return mean if mean.logits is None else replace(mean, logits=mean.logits.softmax(1))
 
 
 class _Mean:
