@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 from pathlib import Path
 
 import cv2
@@ -97,6 +98,19 @@ def test_a_fault_costs_its_picture(whole, tmp_path, monkeypatch):
     assert line["state"] == "failed"
     assert line["error"].startswith(f"{photo}: a fault")
     assert "ZeroDivisionError" in line["error"]
+
+
+def test_where_nothing_listens_is_said_at_once():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        for address in (f"127.0.0.1:{port}", f"ray://localhost:{port}"):  # bound, but nobody listens
+            with pytest.raises(UserError, match=f"no Ray at {address}: .+; start one, or leave the address out"):
+                cluster._knock(address)
+        taken.listen()
+        cluster._knock(f"127.0.0.1:{port}")
+    for word in ("auto", "local"):
+        cluster._knock(word)
 
 
 def test_ray_is_named_where_it_is_missing(whole, tmp_path, monkeypatch):

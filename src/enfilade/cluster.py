@@ -14,6 +14,7 @@ import os
 import pickle
 import secrets
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from enfilade.errors import UserError
 from enfilade.manifest import Line, Manifest
 from enfilade.predict import Predictor
 from enfilade.predict_files import Item, Job, Picture, moved, pictures, portable
+
+PATIENCE = 10.0  # seconds, for a cluster to say that it is there
 
 # --- workers of this machine ------------------------------------------------------------------------------------------
 
@@ -213,14 +216,28 @@ def by_ray(
 
 
 def _start(address: str | None, cores: int) -> None:
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    _knock(address)
     import ray  # pyright: ignore[reportMissingImports]
 
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
     more = {"num_cpus": cores, "include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **more)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
+        raise UserError(f"no Ray at {address}: {reason}; start one, or leave the address out") from error
+
+
+def _knock(address: str) -> None:
+    """Raise UserError where nothing listens at "host:port" or "ray://host:port": Ray itself tries for minutes. Other
+    words ("local", "auto") are Ray's own."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and colon and port.isdecimal() and int(port) < 2**16):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
         raise UserError(f"no Ray at {address}: {reason}; start one, or leave the address out") from error
 
 
