@@ -149,7 +149,7 @@ def complaint(command: str) -> str | None:
     import tyro
     from tyro.conf import FlagCreatePairsOff
 
-    from enfilade import data, experiments, recipes
+    from enfilade import data, recipes, tables
     from enfilade.verbs import VERBS
 
     words = verb_words(command)
@@ -170,7 +170,7 @@ def complaint(command: str) -> str | None:
             )
     except SystemExit:
         return " ".join(re.sub(r"[^ -~]", " ", said.getvalue()).split()) or "the parser stopped"
-    known = {"recipe": recipes.RECIPES, "table": experiments.TABLES, "data": data.READERS}
+    known = {"recipe": recipes.RECIPES, "table": tables.TABLES, "data": data.READERS}
     known |= {"name": data.READERS} if name.startswith("data ") else {}
     for option, names in known.items():
         value = getattr(verb, option, None)

@@ -20,8 +20,9 @@ from enfilade.models.completion3d import (
     sketch_of,
     strongest,
 )
+from enfilade.optim import freeze, part_of
 from enfilade.stages import Stage
-from enfilade.train import extra_inputs, freeze, part_of
+from enfilade.train import extra_inputs
 from enfilade.types import IGNORE, Batch, Output
 
 GRID = (24, 16, 20)  # 6 x 4 x 5 voxels of output: the sketch network must pad them

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from enfilade import experiments, recipes
+from enfilade import experiments, recipes, tables
 from enfilade.errors import UserError
 
 
@@ -28,12 +28,12 @@ def root(tmp_path):
 
 
 def test_every_row_has_a_recipe_and_a_row_of_the_paper():
-    for table in experiments.TABLES.values():
+    for table in tables.TABLES.values():
         for row in table.rows:
             assert recipes.get(row.recipe).name == row.recipe
             assert len(row.paper) in (0, len(table.columns) - ("pixel accuracy" in table.columns))
     with pytest.raises(UserError, match="did you mean 'gad-table4'"):
-        experiments.get("gad-tabel4")
+        tables.get("gad-tabel4")
 
 
 def test_rows_are_trained_once_and_stand_beside_the_papers(root, tmp_path, monkeypatch):

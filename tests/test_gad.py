@@ -13,8 +13,8 @@ from enfilade import losses
 from enfilade.models import geometry_distillation as gad
 from enfilade.models.geometry_distillation import GAD, GeometryAwarePropagation, UpConv
 from enfilade.models.peers import Peer
+from enfilade.optim import part_of
 from enfilade.recipes import ABLATION
-from enfilade.train import part_of
 from enfilade.types import IGNORE, Batch
 
 SMALL = {"classes": 5, "encoder": "test_efficientnet", "bottleneck": 8, "widths": (8, 8, 8), "embedding": 8}

@@ -9,8 +9,8 @@ from enfilade import losses
 from enfilade.errors import UserError
 from enfilade.models.joint_crf import VGG_16, JointCRF, TableOne, expected_depth, paper_kernels, summed
 from enfilade.ops.crf import PAPER_KERNELS
+from enfilade.optim import freeze, part_of
 from enfilade.recipes import joint_row
-from enfilade.train import freeze, part_of
 from enfilade.types import Batch
 
 K = 5

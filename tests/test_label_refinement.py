@@ -9,8 +9,8 @@ from enfilade.checkpoint import build
 from enfilade.errors import UserError
 from enfilade.models import label_refinement
 from enfilade.models.label_refinement import LRN, FCN8s, Refinement, SegNet, Stage, double
+from enfilade.optim import part_of
 from enfilade.recipes_lrn import CAMVID_ROWS, camvid_row, scales
-from enfilade.train import part_of
 from enfilade.types import IGNORE, Batch
 
 K = 5

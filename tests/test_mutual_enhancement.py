@@ -14,8 +14,9 @@ from enfilade.models.completion3d import Completion3d
 from enfilade.models.mutual_enhancement import ContextPyramid, Correction, IMENet, SegDecoder
 from enfilade.ops.deform import deform_conv3d_reference
 from enfilade.ops.projection import to_pixels, to_voxels
+from enfilade.optim import freeze, part_of
 from enfilade.stages import Stage
-from enfilade.train import extra_inputs, freeze, part_of, start_from
+from enfilade.train import extra_inputs, start_from
 from enfilade.types import IGNORE, Batch
 
 K, GRID, COARSE = 5, (24, 16, 24), (6, 4, 6)

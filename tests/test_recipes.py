@@ -8,7 +8,8 @@ import torch
 from enfilade import checkpoint, losses, recipes
 from enfilade.errors import UserError
 from enfilade.labels import SPACES
-from enfilade.train import extra_inputs, freeze, learning_rate, make_optimiser, part_of
+from enfilade.optim import freeze, learning_rate, make_optimiser, part_of
+from enfilade.train import extra_inputs
 from enfilade.types import Batch
 
 NAMES = sorted(recipes.RECIPES)

@@ -16,8 +16,9 @@ from enfilade.errors import UserError
 from enfilade.evaluate import score
 from enfilade.models.region_support import RSN, SCALES, HalfResNet, PyramidUnit, filled
 from enfilade.ops.regions import region_support, regions
+from enfilade.optim import freeze
 from enfilade.predict import Predictor
-from enfilade.train import extra_inputs, freeze
+from enfilade.train import extra_inputs
 from enfilade.types import Batch, Output, Prediction, Sample
 
 SMALL = {"encoder": "mobilenetv2_035", "width": 16, "refine_width": 4}

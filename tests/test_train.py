@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from enfilade import checkpoint
+from enfilade import checkpoint, optim
 from enfilade import train as training
 from enfilade.camera import Camera
 from enfilade.data.epochs import Augmented, Order, class_weights, supervised
@@ -495,11 +495,11 @@ def test_frozen_parts_keep_every_bit(tmp_path):
 
 def test_freeze_unfreezes_again():
     network = checkpoint.build("gad", tiny().arguments)
-    training.freeze(network, stage(train=("spf",)))
+    optim.freeze(network, stage(train=("spf",)))
     assert not any(p.requires_grad for p in network.trunk.parameters())
     assert not any(m.training for m in network.trunk.modules())
     assert all(m.training for m in network.spf.modules())
-    training.freeze(network, stage(train=("*",)))
+    optim.freeze(network, stage(train=("*",)))
     assert all(p.requires_grad for p in network.parameters())
     assert all(m.training for m in network.modules())
 
@@ -508,16 +508,16 @@ def test_an_unknown_part_is_named():
     network = checkpoint.build("gad", tiny().arguments)
     for wrong in ({"train": ("decoder",)}, {"clip": {"decoder": 1.0}}, {"lr_parts": {"decoder": 0.1}}):
         with pytest.raises(UserError, match=r"'one'.*'decoder'"):
-            training.freeze(network, stage(**wrong))
+            optim.freeze(network, stage(**wrong))
 
 
 def test_every_parameter_has_one_part_and_the_right_rate():
     network = checkpoint.build("gad", tiny().arguments)
-    owner = training.part_of(network)
+    owner = optim.part_of(network)
     assert owner.keys() == dict(network.named_parameters()).keys()
     one = stage(lr=0.1, lr_parts={"trunk": 0.01}, weight_decay=0.5)
-    training.freeze(network, one)
-    optimiser = training.make_optimiser(network, one)
+    optim.freeze(network, one)
+    optimiser = optim.make_optimiser(network, one)
     names = {id(p): n for n, p in network.named_parameters()}
     seen = []
     for group in optimiser.param_groups:
@@ -531,7 +531,7 @@ def test_every_parameter_has_one_part_and_the_right_rate():
 
 def test_clipping_bounds_the_named_parts_only():
     network = checkpoint.build("gad", tiny().arguments)
-    owner = training.part_of(network)
+    owner = optim.part_of(network)
     generator = torch.Generator().manual_seed(3)
     for p in network.parameters():
         p.grad = torch.randn(p.shape, generator=generator)
@@ -541,7 +541,7 @@ def test_clipping_bounds_the_named_parts_only():
         return torch.cat([g.flatten() for n, g in gradients.items() if owner[n] == part]).double().norm().item()
 
     small = norm(before, "fusion") * 2  # a limit that is not reached must change nothing
-    norms = training.clip(network, owner, {"semantic": 0.5, "spf": 1e-3, "fusion": small})
+    norms = optim.clip(network, owner, {"semantic": 0.5, "spf": 1e-3, "fusion": small})
     after = {n: p.grad for n, p in network.named_parameters()}
     for part in ("trunk", "semantic", "depth", "fusion", "spf"):
         assert norms[part] == pytest.approx(norm(before, part), rel=1e-5)  # fp32 sums of up to 1e5 squares
@@ -559,7 +559,7 @@ def test_schedules():
     total, per_epoch = 200, 10
 
     def rates(**changes):
-        return [training.learning_rate(stage(**changes), k, total, per_epoch) for k in range(total)]
+        return [optim.learning_rate(stage(**changes), k, total, per_epoch) for k in range(total)]
 
     assert rates(schedule="constant") == [1.0] * total
     cycle = rates(schedule="onecycle", warmup=0.1)
@@ -581,7 +581,7 @@ def test_moving_average_by_hand():
     network = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
     with torch.no_grad():
         network[0].weight.fill_(1.0)
-    average = training.MovingAverage(network, 0.5)
+    average = optim.MovingAverage(network, 0.5)
     wanted, mean = 1.0, 0.0
     for step, value in enumerate((3.0, -2.0, 8.0), start=100):  # late: the decay is 0.5 in full
         with torch.no_grad():
@@ -593,7 +593,7 @@ def test_moving_average_by_hand():
     assert average.state["0.weight"].item() == wanted
     assert average.state["1.running_mean"].item() == mean
     assert average.state["1.num_batches_tracked"].item() == 102
-    young = training.MovingAverage(network, 0.999)
+    young = optim.MovingAverage(network, 0.999)
     with torch.no_grad():
         network[0].weight.fill_(18.0)
     young.update(network, 0)  # (1 + 0) / (10 + 0) of the start is kept
@@ -617,11 +617,11 @@ def test_a_stage_hands_over_its_average(tmp_path):
 
 def test_swapped_gives_the_weights_back():
     network = checkpoint.build("gad", tiny().arguments)
-    average = training.MovingAverage(network, 0.9)
+    average = optim.MovingAverage(network, 0.9)
     kept = {k: v.clone() for k, v in network.state_dict().items()}
     for v in average.state.values():
         v.zero_()
-    with training.swapped(network, average) as inside:
+    with optim.swapped(network, average) as inside:
         assert not any(v.any() for v in inside.state_dict().values())
     assert_same(dict(network.state_dict()), kept)
 
@@ -811,14 +811,14 @@ def test_class_weights_by_hand():
 
 def depth_gradients(spoil, **arguments):
     network = checkpoint.build("gad", tiny(arguments={"dropout": 0.0, **arguments}).arguments)
-    training.freeze(network, stage())
+    optim.freeze(network, stage())
     data = Boards(2, spoil=spoil)
     batch = collate([data[0], data[1]])
     output = network(batch.image, **training.extra_inputs(network, batch))
     loss, _ = training.objective(output, batch, {"cross_entropy": 1.0, "depth_berhu": 1.0})
     loss.backward()
     total = dict.fromkeys(network.parts, 0.0)
-    for name, part in training.part_of(network).items():
+    for name, part in optim.part_of(network).items():
         grad = network.get_parameter(name).grad
         total[part] += 0 if grad is None else grad.abs().sum().item()
     return total

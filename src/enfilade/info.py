@@ -59,7 +59,7 @@ def info(model: str | None = None) -> dict[str, Any]:
 
     from enfilade.checkpoint import SHIPPED, resolve
     from enfilade.data import READERS
-    from enfilade.experiments import TABLES
+    from enfilade.tables import TABLES
 
     cuda = torch.cuda.is_available()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []

@@ -250,9 +250,9 @@ class Reproduce:
     """Threads of the network; default: OMP_NUM_THREADS, or all cores."""
 
     def run(self) -> int:
-        from enfilade import experiments
+        from enfilade import experiments, tables
 
-        experiments.get(self.table)
+        tables.get(self.table)
         positive("--epochs", self.epochs)
         positive("--limit", self.limit)
         use_threads(self.threads)
