@@ -345,6 +345,19 @@ def test_a_run_can_start_from_a_models_weights(tmp_path, capsys):
     assert_same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "broken"))
 
 
+def test_of_several_models_each_gives_what_fits_and_later_ones_win(tmp_path):
+    network = checkpoint.build("gad", tiny().arguments)
+    first = {k: torch.full_like(v, 1) for k, v in network.state_dict().items()}
+    second = {k: torch.full_like(v, 2) for k, v in first.items() if k.startswith("classifier.")}
+    for name, tensors in (("first", first), ("second", second)):
+        checkpoint.write(tmp_path / f"{name}.safetensors", tensors, {})
+    told = training.start_from(network, [tmp_path / "first.safetensors", tmp_path / "second.safetensors"])
+    assert "first.safetensors" in told
+    assert "second.safetensors (2 of " in told
+    for name, value in network.state_dict().items():
+        assert (value == (2 if name.startswith("classifier.") else 1)).all(), name
+
+
 def test_what_does_not_fit_starts_anew_and_is_named(tmp_path, capsys):
     run(tiny(stage(epochs=1)), Boards(2), tmp_path / "first")
     more = tiny(stage(epochs=1), arguments={"classes": CLASSES + 1})

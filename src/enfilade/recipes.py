@@ -7,18 +7,29 @@ docs/experiments.md and the README, beside the command that made them.
 from collections.abc import Callable
 
 from enfilade.errors import unknown
-from enfilade.recipes_gad import ABLATION, fpn_peer, gad_ablation, gad_nyuv2, gad_paper, gad_semi
-from enfilade.recipes_imenet import IMENET_ROWS, imenet_paper, imenet_rooms, imenet_row, sscnet_rooms, sscnet_row
-from enfilade.recipes_joint import JOINT_ROWS, joint_paper, joint_row
+from enfilade.recipes_gad import ABLATION, fpn_peer, gad_ablation, gad_nyuv2, gad_paper, gad_rooms, gad_semi
+from enfilade.recipes_imenet import (
+    IMENET_ROWS,
+    imenet_over_sscnet,
+    imenet_paper,
+    imenet_rooms,
+    imenet_row,
+    sscnet_rooms,
+    sscnet_row,
+)
+from enfilade.recipes_joint import JOINT_ROWS, joint_nyuv2, joint_paper, joint_rooms, joint_row
 from enfilade.recipes_lrn import CAMVID_ROWS, camvid_row, lrn_camvid, lrn_paper
 from enfilade.recipes_rsn import RSN_ROWS, rsn_nyuv2, rsn_paper, rsn_row
 from enfilade.stages import Recipe
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "gad-nyuv2": gad_nyuv2,
+    "gad-rooms": gad_rooms,
     "gad-paper": gad_paper,
     "fpn-peer": fpn_peer,
     **{f"gad-{row}": (lambda weights=None, row=row: gad_ablation(row, weights)) for row in ABLATION},
+    "joint-nyuv2": joint_nyuv2,
+    "joint-rooms": joint_rooms,
     "joint-paper": joint_paper,
     **{name: (lambda weights=None, name=name: joint_row(name, weights)) for name in JOINT_ROWS},
     "rsn-paper": rsn_paper,
@@ -27,6 +38,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "imenet-paper": imenet_paper,
     **{name: (lambda weights=None, name=name: imenet_row(name, weights)) for name in IMENET_ROWS},
     "imenet-rooms": imenet_rooms,
+    "imenet-over-sscnet": imenet_over_sscnet,
     "imenet-sscnet": sscnet_row,
     "sscnet-rooms": sscnet_rooms,
     "lrn-camvid": lrn_camvid,

@@ -147,6 +147,13 @@ def gad_nyuv2(weights: str | None = None) -> Recipe:
     )
 
 
+def gad_rooms(weights: str | None = None) -> Recipe:
+    """What the default model learns before it sees a photo: labels and depth of 1,000 rendered rooms, 5 epochs
+    (`enfilade data render rooms`, `--data room-files`)."""
+    recipe = gad_nyuv2(weights)
+    return recipe.replace(name="gad-rooms", stages=(replace(recipe.stages[0], name="rooms", epochs=5),))
+
+
 def fpn_peer(weights: str | None = None) -> Recipe:
     """The peer of the default model: segmentation_models_pytorch's FPN, same encoder and data, 20 epochs of batch 8
     at 320x256, bf16, cross-entropy, random crop and flip, AdamW with one cycle."""

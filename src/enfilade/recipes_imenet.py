@@ -126,6 +126,23 @@ def imenet_rooms(weights: str | None = None) -> Recipe:
     return row.replace(name="imenet-rooms", stages=(*row.stages, last))
 
 
+def imenet_over_sscnet(weights: str | None = None) -> Recipe:
+    """IMENet over SSCNet, the 3-D network of the paper's Table 3, from branches that were trained apart (`--init
+    imenet-rooms sscnet-rooms`): the pixels' branch with DCP on 300 rooms, the voxels' with DDA on 600, where what lies
+    behind the walls counts as empty.
+
+    # Differs from paper: as `imenet_row` and `sscnet_rooms`.
+    """
+    row = imenet_row("imenet-e", weights)
+    pixels, voxels = row.stages[2:]
+    losses = {"volume_outside": 1.0, "side_volume": 0.3}
+    return row.replace(
+        name="imenet-over-sscnet",
+        arguments=row.arguments | {"backbone_3d": "sscnet", "bn": True},
+        stages=(pixels, replace(voxels, losses=losses, samples=600, lr=1e-3)),
+    )
+
+
 def sscnet_row(weights: str | None = None) -> Recipe:
     """SSCNet alone, the baseline of IMENet's Table 1, at a quarter of its width with batch norm: 2 epochs, twice as
     many empty voxels as full ones.

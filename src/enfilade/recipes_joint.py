@@ -108,3 +108,18 @@ def joint_row(name: str, weights: str | None = None) -> Recipe:
         focal=NYU_FOCAL * 0.54,
         class_weighting=0.5,
     )
+
+
+def joint_rooms(weights: str | None = None) -> Recipe:
+    """What `joint_nyuv2` learns before it sees a photo: the labels of 1,000 rendered rooms, 8 epochs (`enfilade data
+    render rooms`, `--data room-files`)."""
+    recipe = joint_row("joint-sem", weights)
+    return recipe.replace(name="joint-rooms", stages=(replace(recipe.stages[0], name="rooms", epochs=8),))
+
+
+def joint_nyuv2(weights: str | None = None) -> Recipe:
+    """The shipped model: the last row of Table 3, started from what `joint_rooms` has learned (`--init`), with 20
+    epochs for the labels instead of 30."""
+    row = joint_row("joint-crf-depth", weights)
+    semantic, *others = row.stages
+    return row.replace(name="joint-nyuv2", stages=(replace(semantic, epochs=20, evaluate_every=10), *others))

@@ -62,21 +62,27 @@ def load_state(tensors: dict[str, Tensor], meta: dict, network: nn.Module, optim
         optimiser.load_state_dict({"state": states, "param_groups": meta["groups"]})
 
 
-def start_from(network: nn.Module, init: str | Path) -> str:
-    """Fill `network` with the tensors of a model file that fit by name and shape; returns a sentence about it.
+def start_from(network: nn.Module, init: str | Path | Sequence[str | Path]) -> str:
+    """Fill `network` with the tensors of a model file that fit by name and shape, or of several, one after the other;
+    returns a sentence about it.
 
     Raises:
         UserError: no such model, or one of which nothing fits.
     """
-    path = checkpoint.resolve(init)
-    tensors, _ = checkpoint.read(path)
     own = network.state_dict()
-    fitting = {k: v.to(own[k].dtype) for k, v in tensors.items() if k in own and v.shape == own[k].shape}
-    if not any(p in fitting for p, _ in network.named_parameters()):
-        raise UserError(f"no tensor of {path} fits {type(network).__name__}: start from a model of the same kind")
-    network.load_state_dict(fitting, strict=False)
-    fresh = sorted(own.keys() - fitting.keys())
-    text = f"starts from {path} ({len(fitting)} of {len(own)} tensors)"
+    taken: dict[str, Tensor] = {}
+    told = []
+    for name in [init] if isinstance(init, str | Path) else init:
+        path = checkpoint.resolve(name)
+        tensors, _ = checkpoint.read(path)
+        fitting = {k: v.to(own[k].dtype) for k, v in tensors.items() if k in own and v.shape == own[k].shape}
+        if not any(p in fitting for p, _ in network.named_parameters()):
+            raise UserError(f"no tensor of {path} fits {type(network).__name__}: start from a model of the same kind")
+        taken |= fitting
+        told.append(f"{path} ({len(fitting)} of {len(own)} tensors)")
+    network.load_state_dict(taken, strict=False)
+    fresh = sorted(own.keys() - taken.keys())
+    text = f"starts from {' and '.join(told)}"
     return f"{text}; new are {', '.join(fresh[:3])}{' and more' if len(fresh) > 3 else ''}" if fresh else text
 
 
@@ -100,7 +106,7 @@ def train(
     val_data=None,
     *,
     out: str | Path,
-    init: str | Path | None = None,
+    init: str | Path | Sequence[str | Path] | None = None,
     passed: int = 0,
     resume: bool = True,
     skip_nonfinite: bool = False,
@@ -118,8 +124,8 @@ def train(
             final weights count as best.
         out: run folder. Gets recipe.json, last.safetensors (to resume), best.safetensors and final.safetensors
             (models, `enfilade.load` takes them), log.jsonl and what the trackers write.
-        init: a shipped model, a model file or a run folder whose weights the run starts from, as far as they fit: a
-            classifier for other classes, say, starts anew, and the run says so.
+        init: a shipped model, a model file or a run folder (or several, of which later ones win) whose weights the run
+            starts from, as far as they fit: a classifier for other classes, say, starts anew, and the run says so.
         passed: stages at the recipe's beginning that `init` has been through: training starts after them, with the
             same order and augmentation as if they had been trained here.
         resume: go on from `out`/last.safetensors where it exists; a finished run returns at once.

@@ -52,8 +52,9 @@ class Train:
     """Split to validate on; none for no validation."""
     option: Options = ()
     """Option of the data set's reader, e.g. --option length=200 for rooms."""
-    init: Annotated[str | None, arg(metavar="NAME|FILE|RUN", help_behavior_hint="")] = None
-    """Start from this model's weights, as far as they fit, instead of from the encoder's alone."""
+    init: Annotated[tuple[str, ...], arg(metavar="NAME|FILE|RUN [...]", help_behavior_hint="")] = ()
+    """Start from this model's weights, as far as they fit, instead of from the encoder's alone; of several models, each
+    gives what fits, and later ones win."""
     resume: Flag = True
     """Start anew; without it a run in DIR is continued."""
     skip_nonfinite: Flag = False
@@ -88,7 +89,7 @@ class Train:
             train_data,
             val_data,
             out=self.out,
-            init=self.init,
+            init=self.init or None,
             resume=self.resume,
             skip_nonfinite=self.skip_nonfinite,
             save_every=self.save_every,
