@@ -358,6 +358,17 @@ def test_of_several_models_each_gives_what_fits_and_later_ones_win(tmp_path):
         assert (value == (2 if name.startswith("classifier.") else 1)).all(), name
 
 
+def test_an_encoder_fits_wherever_a_network_keeps_its_own(tmp_path):
+    network = checkpoint.build("gad", tiny().arguments)
+    trunk = {k: torch.full_like(v, 3) for k, v in network.state_dict().items() if k.startswith("trunk.")}
+    strange = {"branches.trunk.net.nothing": torch.ones(1), "branches.classifier.weight": torch.ones(1)}
+    checkpoint.write(tmp_path / "other.safetensors", {f"branches.{k}": v for k, v in trunk.items()} | strange, {})
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    assert f"({len(trunk)} of " in training.start_from(network, tmp_path / "other.safetensors")
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(value, trunk.get(name, before[name]), rtol=0, atol=0)
+
+
 def test_what_does_not_fit_starts_anew_and_is_named(tmp_path, capsys):
     run(tiny(stage(epochs=1)), Boards(2), tmp_path / "first")
     more = tiny(stage(epochs=1), arguments={"classes": CLASSES + 1})

@@ -12,7 +12,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
@@ -64,7 +64,7 @@ def load_state(tensors: dict[str, Tensor], meta: dict, network: nn.Module, optim
 
 def start_from(network: nn.Module, init: str | Path | Sequence[str | Path]) -> str:
     """Fill `network` with the tensors of a model file that fit by name and shape, or of several, one after the other;
-    returns a sentence about it.
+    returns a sentence about it. Encoders fit each other wherever a network keeps its own.
 
     Raises:
         UserError: no such model, or one of which nothing fits.
@@ -74,7 +74,7 @@ def start_from(network: nn.Module, init: str | Path | Sequence[str | Path]) -> s
     told = []
     for name in [init] if isinstance(init, str | Path) else init:
         path = checkpoint.resolve(name)
-        tensors, _ = checkpoint.read(path)
+        tensors = {at_home(k, own): v for k, v in checkpoint.read(path)[0].items()}
         fitting = {k: v.to(own[k].dtype) for k, v in tensors.items() if k in own and v.shape == own[k].shape}
         if not any(p in fitting for p, _ in network.named_parameters()):
             raise UserError(f"no tensor of {path} fits {type(network).__name__}: start from a model of the same kind")
@@ -84,6 +84,13 @@ def start_from(network: nn.Module, init: str | Path | Sequence[str | Path]) -> s
     fresh = sorted(own.keys() - taken.keys())
     text = f"starts from {' and '.join(told)}"
     return f"{text}; new are {', '.join(fresh[:3])}{' and more' if len(fresh) > 3 else ''}" if fresh else text
+
+
+def at_home(name: str, own: Collection[str]) -> str:
+    """Where a network with the tensors `own` has the tensor of that name: encoders are called trunk, of the network or
+    of a part of it."""
+    _, trunk, rest = name.rpartition("trunk.")
+    return next((k for k in own if trunk and k.endswith(f"{trunk}{rest}")), name) if name not in own else name
 
 
 def model_meta(recipe: Recipe, ignored: tuple[int, ...], extra: dict[str, Any]) -> dict[str, Any]:
