@@ -37,8 +37,8 @@ class Teachers:
             space = loaded.meta.get("space", "nyu40")
             if space != recipe.space:
                 raise UserError(f"teacher {name} speaks of {space}, the recipe of {recipe.space}: take another teacher")
-            if getattr(loaded.network, "uses", ()):
-                raise UserError(f"teacher {name} takes {loaded.network.uses[0]} beside RGB: take one of RGB alone")
+            if uses := getattr(loaded.network, "uses", ()):
+                raise UserError(f"teacher {name} takes {uses[0]} beside RGB: take one of RGB alone")
             network = loaded.network.to(memory_format=torch.channels_last).requires_grad_(False)
             self.networks.append((network, float(loaded.meta["scale"]) / recipe.scale))
 
