@@ -193,6 +193,8 @@ class Evaluate(Answering):
         from enfilade.images import write_atomic
 
         positive("--iterations", self.iterations)
+        if self.also:
+            raise UserError(f"{self.model} completes rooms, and such a model answers alone: leave --also out")
         loaded = load(self.model)
         result = score(
             loaded.network,
