@@ -18,15 +18,10 @@ from torch import Tensor
 
 from enfilade.errors import UserError, unknown
 from enfilade.ops.regions import region_means
-from enfilade.types import IGNORE, Batch, Output
+from enfilade.types import IGNORE, Batch, Output, full
 
 Weights = Float[Tensor, "k"] | None
 Term = Callable[..., Tensor]  # of (output, batch, class weights, resize="nearest")
-
-
-def full(x: Tensor) -> Tensor:
-    """At least fp32 (autocast hands over bf16); float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def cell(size: Sequence[int], coarse: Sequence[int]) -> int | None:

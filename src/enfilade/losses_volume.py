@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from enfilade.errors import unknown
-from enfilade.losses import full, present
-from enfilade.types import IGNORE, Batch, Output
+from enfilade.losses import present
+from enfilade.types import IGNORE, Batch, Output, full
 
 Empty = Literal["known", "scored", "balanced", "removed"]
 BALANCE = 2  # SSCNet's: empty voxels for each occupied one

@@ -89,8 +89,10 @@ def start_from(network: nn.Module, init: str | Path | Sequence[str | Path]) -> s
 def at_home(name: str, own: Collection[str]) -> str:
     """Where a network with the tensors `own` has the tensor of that name: encoders are called trunk, of the network or
     of a part of it."""
-    _, trunk, rest = name.rpartition("trunk.")
-    return next((k for k in own if trunk and k.endswith(f"{trunk}{rest}")), name) if name not in own else name
+    if name in own or "trunk." not in name:
+        return name
+    ending = "trunk." + name.rpartition("trunk.")[2]
+    return next((k for k in own if k.endswith(ending)), name)
 
 
 def model_meta(recipe: Recipe, ignored: tuple[int, ...], extra: dict[str, Any]) -> dict[str, Any]:

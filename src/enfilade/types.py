@@ -141,6 +141,11 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
+def full(x: Tensor) -> Tensor:
+    """At least fp32 (autocast hands over bf16); float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 @dataclass(frozen=True, slots=True)
 class Output:
     """What a network returns. Each map may be smaller than the image, and has its own size."""

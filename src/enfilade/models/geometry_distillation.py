@@ -16,15 +16,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from enfilade.models.encoders import Encoder, covering, pad_to_multiple
-from enfilade.types import Output
+from enfilade.types import Output, full
 
 Affinity = Literal["dot", "softmax", "window"]
 Fusion = Literal["none", "vanilla", "gap"]
-
-
-def full(x: Tensor) -> Tensor:
-    """At least fp32 (autocast hands over bf16); float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def conv_bn(cin: int, cout: int, kernel: int, relu: bool = True) -> nn.Sequential:

@@ -24,14 +24,9 @@ from enfilade.models.completion3d import SketchNet, Volumetric, complete, make_b
 from enfilade.models.encoders import Encoder, ceil_div, first, pad_to_multiple
 from enfilade.ops.deform import deform_conv3d
 from enfilade.ops.projection import along_rays, to_pixels, to_voxels
-from enfilade.types import IGNORE, Output
+from enfilade.types import IGNORE, Output, full
 
 Product = Literal["mean", "sum"]
-
-
-def full(x: Tensor) -> Tensor:
-    """At least fp32 (autocast hands over bf16); float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 # ---------------------------------------------------------------------------------------------- the 2-D segmentation
