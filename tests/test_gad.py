@@ -209,6 +209,7 @@ ROWS = {name: dict(row) for name, row in ABLATION.items()}
 ROWS["window"] = {"affinity": "window", "window": 3}
 ROWS["softmax"] = {"affinity": "softmax"}
 ROWS["wide"] = {"widths": (8, 8, 8, 8)}  # the paper's four blocks: decoders end at a half, SPF at a quarter
+ROWS["pooled"] = {"average": True, "context": 2}  # what the default model adds
 
 
 @pytest.mark.parametrize("size", [(97, 131), (64, 96), (31, 33)])
@@ -297,6 +298,35 @@ def test_featprop_adds_the_depth_features_before_the_next_block():
         want = decoder.blocks[1](want + added[0])
         torch.testing.assert_close(levels[1], want)
         torch.testing.assert_close(levels[2], decoder.blocks[2](want + added[1]))  # the last level adds nothing
+
+
+def seen_by_first_side(average: bool) -> torch.Tensor:
+    """Which positions of the GAP output the first SPF block looks at: where its side output has a gradient."""
+    model = small(average=average).eval()
+    seen = {}
+
+    def keep(module, arguments, output):
+        output.retain_grad()
+        seen["p"] = output
+
+    model.fusion.register_forward_hook(keep)
+    model(**inputs(model, batch=1)).side_logits[1].square().sum().backward()
+    return seen["p"].grad.abs().sum((0, 1)) > 0
+
+
+def test_average_lets_spf_see_every_position():
+    sampled, averaged = seen_by_first_side(False), seen_by_first_side(True)
+    assert averaged.all()  # 16x16 positions for 2x2 cells of 8x8
+    assert sampled.sum() == 4 * 4  # bilinear: the four about the centre of each cell
+
+
+def test_context_widens_the_view_before_the_decoders():
+    for context, reach in ((0, 0), (1, 1), (2, 2)):
+        model = small(context=context).eval()
+        x = torch.zeros(1, model.trunk.channels[-1], 7, 7, requires_grad=True)
+        model.squeeze(x)[0, :, 3, 3].sum().backward()
+        rows = x.grad.abs().sum((0, 1, 3)).nonzero().flatten()
+        assert (rows.min(), rows.max()) == (3 - reach, 3 + reach)
 
 
 def test_hha_is_required_where_it_was_asked_for():

@@ -22,8 +22,9 @@ Affinity = Literal["dot", "softmax", "window"]
 Fusion = Literal["none", "vanilla", "gap"]
 
 
-def conv_bn(cin: int, cout: int, kernel: int, relu: bool = True) -> nn.Sequential:
-    layers = [nn.Conv2d(cin, cout, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(cout)]
+def conv_bn(cin: int, cout: int, kernel: int, relu: bool = True, dilation: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(cin, cout, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=False)
+    layers = [conv, nn.BatchNorm2d(cout)]
     return nn.Sequential(*layers, nn.ReLU(inplace=True)) if relu else nn.Sequential(*layers)
 
 
@@ -217,6 +218,9 @@ class GAD(nn.Module):
         skip: has the SPF blocks.
         hha: takes the HHA image as three more input channels (the row sem + L_s + HHA).
         dropout: of the distilled feature's channels; 0 in the paper.
+        context: dilation of a 3x3 convolution that takes the place of the 1x1 on the trunk; 0 leaves the paper's.
+        average: the first SPF block takes the mean of the GAP output over each of its cells; otherwise bilinear
+            samples, of which one cell in sixteen or more is never seen.
 
     `forward(image, hha=None, has_depth=None)`: RGB in [0, 1] of any size. With SPF the logits have the size of the
     encoder's fourth-deepest level (a quarter of the image), without it the decoders' (a half). `has_depth` marks the
@@ -240,14 +244,19 @@ class GAD(nn.Module):
         skip: bool = True,
         hha: bool = False,
         dropout: float = 0.0,
+        context: int = 0,
+        average: bool = False,
     ):
         super().__init__()
         self.uses = ("hha",) if hha else ()
         self.trunk = Encoder(encoder, weights=weights, in_channels=6 if hha else 3)
-        self.squeeze = conv_bn(self.trunk.channels[-1], bottleneck, 1, relu=False)
+        self.squeeze = conv_bn(
+            self.trunk.channels[-1], bottleneck, 3 if context else 1, relu=False, dilation=context or 1
+        )
         self.semantic = Decoder(bottleneck, tuple(widths), embedding)
         self.classifier = nn.Conv2d(embedding, classes, 3, padding=1)
         self.propagate = propagate and depth
+        self.average = 2 ** len(widths) if average else 1
         self.depth = Decoder(bottleneck, tuple(widths), embedding) if depth else None
         self.depth_head = nn.Conv2d(embedding, 1, 3, padding=1) if depth else None
         if not depth or fusion == "none":
@@ -315,6 +324,7 @@ class GAD(nn.Module):
         logits = self.classifier(p)
         sides = []
         if self.spf is not None:
+            p = F.avg_pool2d(p, self.average) if self.average > 1 else p
             for block, skip in zip(self.spf, features[-4:][::-1]):
                 p, side = block(p, skip)
                 sides.append(side)
