@@ -10,6 +10,7 @@ from jaxtyping import TypeCheckError
 from torch import nn
 
 from enfilade import losses
+from enfilade.errors import UserError
 from enfilade.models import geometry_distillation as gad
 from enfilade.models.geometry_distillation import GAD, GeometryAwarePropagation, UpConv
 from enfilade.models.peers import Peer
@@ -209,6 +210,7 @@ ROWS = {name: dict(row) for name, row in ABLATION.items()}
 ROWS["window"] = {"affinity": "window", "window": 3}
 ROWS["softmax"] = {"affinity": "softmax"}
 ROWS["wide"] = {"widths": (8, 8, 8, 8)}  # the paper's four blocks: decoders end at a half, SPF at a quarter
+ROWS["tapered"] = {"spf_widths": (16, 12, 8, 4)}
 ROWS["pooled"] = {"average": True, "context": 2}  # what the default model adds
 
 
@@ -298,6 +300,13 @@ def test_featprop_adds_the_depth_features_before_the_next_block():
         want = decoder.blocks[1](want + added[0])
         torch.testing.assert_close(levels[1], want)
         torch.testing.assert_close(levels[2], decoder.blocks[2](want + added[1]))  # the last level adds nothing
+
+
+def test_spf_widths_are_those_of_the_blocks():
+    model = small(spf_widths=(16, 12, 8, 4))
+    assert [block.side.in_channels for block in model.spf] == [16, 12, 8, 4]  # deep to shallow
+    with pytest.raises(UserError, match="four spf_widths, not 2"):
+        small(spf_widths=(8, 8))
 
 
 def seen_by_first_side(average: bool) -> torch.Tensor:

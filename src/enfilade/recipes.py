@@ -7,7 +7,16 @@ docs/experiments.md and the README, beside the command that made them.
 from collections.abc import Callable
 
 from enfilade.errors import unknown
-from enfilade.recipes_gad import ABLATION, fpn_peer, gad_ablation, gad_nyuv2, gad_paper, gad_rooms, gad_semi
+from enfilade.recipes_gad import (
+    ABLATION,
+    fpn_peer,
+    gad_ablation,
+    gad_after_rooms,
+    gad_nyuv2,
+    gad_paper,
+    gad_rooms,
+    gad_semi,
+)
 from enfilade.recipes_imenet import (
     IMENET_ROWS,
     imenet_over_sscnet,
@@ -24,6 +33,7 @@ from enfilade.stages import Recipe
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "gad-nyuv2": gad_nyuv2,
+    "gad-after-rooms": gad_after_rooms,
     "gad-rooms": gad_rooms,
     "gad-paper": gad_paper,
     "fpn-peer": fpn_peer,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from enfilade.errors import UserError
 from enfilade.models.encoders import Encoder, covering, pad_to_multiple
 from enfilade.types import Output, full
 
@@ -189,15 +190,15 @@ class VanillaFusion(nn.Module):
 class SkipPyramidFusion(nn.Module):
     """SPF block (Figure 4): meets one encoder level, hands a feature to the next block and a label map to the loss."""
 
-    def __init__(self, skip: int, channels: int, classes: int):
+    def __init__(self, cin: int, skip: int, channels: int, classes: int):
         super().__init__()
         self.reduce = conv_bn(skip, channels, 1)
-        self.fuse = conv_bn(2 * channels, channels, 3)
+        self.fuse = conv_bn(cin + channels, channels, 3)
         self.side = nn.Conv2d(channels, classes, 3, padding=1)
 
     def forward(
         self, x: Float[Tensor, "b c _ _"], skip: Float[Tensor, "b s h w"]
-    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k h w"]]:
+    ) -> tuple[Float[Tensor, "b d h w"], Float[Tensor, "b k h w"]]:
         x = self.fuse(torch.cat([resize(x, skip.shape[-2:]), self.reduce(skip)], 1))
         return x, self.side(x)
 
@@ -220,7 +221,8 @@ class GAD(nn.Module):
         dropout: of the distilled feature's channels; 0 in the paper.
         context: dilation of a 3x3 convolution that takes the place of the 1x1 on the trunk; 0 leaves the paper's.
         average: the first SPF block takes the mean of the GAP output over each of its cells; otherwise bilinear
-            samples, of which one cell in sixteen or more is never seen.
+            samples, which leave most positions unseen.
+        spf_widths: channels of the four SPF blocks, deep to shallow; None is `embedding` in each.
 
     `forward(image, hha=None, has_depth=None)`: RGB in [0, 1] of any size. With SPF the logits have the size of the
     encoder's fourth-deepest level (a quarter of the image), without it the decoders' (a half). `has_depth` marks the
@@ -246,6 +248,7 @@ class GAD(nn.Module):
         dropout: float = 0.0,
         context: int = 0,
         average: bool = False,
+        spf_widths: Sequence[int] | None = None,
     ):
         super().__init__()
         self.uses = ("hha",) if hha else ()
@@ -268,7 +271,11 @@ class GAD(nn.Module):
         else:
             raise ValueError(f"fusion is 'gap', 'vanilla' or 'none', not {fusion!r}")
         levels = self.trunk.channels[-4:][::-1]  # four blocks, the deepest level first
-        self.spf = nn.ModuleList(SkipPyramidFusion(c, embedding, classes) for c in levels) if skip else None
+        spf_widths = tuple(spf_widths or [embedding] * 4)
+        if len(spf_widths) != 4:
+            raise UserError(f"SPF has four blocks: give four spf_widths, not {len(spf_widths)}")
+        blocks = zip((embedding, *spf_widths), levels, spf_widths)
+        self.spf = nn.ModuleList(SkipPyramidFusion(*block, classes) for block in blocks) if skip else None
         self.dropout = nn.Dropout2d(dropout)
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d) and not name.startswith("trunk."):
