@@ -148,14 +148,23 @@ def gad_nyuv2(weights: str | None = None) -> Recipe:
 
 
 def gad_after_rooms(weights: str | None = None) -> Recipe:
-    """The default model's network and losses, with rooms before photos (`--init` from `gad_rooms`) and at 352x256
-    throughout: seven tenths of the pixels. Nearer in depth than the shipped model, not better in labels."""
+    """The default model with a wider view before its decoders, averages into SPF, and rooms before photos (`--init`
+    from `gad_rooms`), at 352x256 throughout: seven tenths of the pixels. Nearer in depth than the shipped model, not
+    better in labels."""
     recipe = gad_nyuv2(weights)
-    photos = replace(recipe.stages[1], name="photos", epochs=30, size=(256, 352), zoom=(0.65, 1.4), lr=1e-3)
+    photos = replace(
+        recipe.stages[1],  # with its larger weight on depth
+        name="photos",
+        epochs=30,
+        size=(256, 352),
+        zoom=(0.65, 1.4),
+        lr=1e-3,
+        evaluate_every=10,
+    )
     return recipe.replace(
         name="gad-after-rooms",
         arguments=recipe.arguments | {"context": 2, "average": True},
-        stages=(replace(photos, evaluate_every=10),),
+        stages=(photos,),
         scale=0.55,
         focal=NYU_FOCAL * 0.55,
     )
