@@ -755,6 +755,16 @@ def test_augmentation_is_a_function_of_epoch_and_index():
     assert not np.array_equal(a.image, Augmented(Boards(4), recipe.replace(seed=1), 0)[(1, 2)].image)
 
 
+def test_a_share_of_the_samples_gets_something_pasted_in():
+    plain = Augmented(Boards(4), tiny(stage()), 0)
+    pasted = Augmented(Boards(4), tiny(stage(paste=0.5)), 0)
+    items = [(epoch, index) for epoch in range(10) for index in range(4)]
+    changed = [not np.array_equal(plain[item].image, pasted[item].image) for item in items]
+    assert 8 <= sum(changed) <= 30  # a fair coin, less what another sample hides: all else is as it was
+    for item in items[:8]:  # a function of epoch and index, as the rest
+        np.testing.assert_array_equal(pasted[item].image, pasted[item].image)
+
+
 def test_offline_augmentation_has_six_fixed_pictures_of_each_sample():
     recipe = tiny(stage(augmentation="offline", colour=0.0, size=(48, 64)))
     data = Augmented(Boards(4), recipe, 0)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from enfilade.camera import Camera
-from enfilade.data.transforms import Augment, jitter, warp
+from enfilade.data.transforms import Augment, jitter, paste, warp
+from enfilade.errors import UserError
 from enfilade.types import IGNORE, Sample
 
 W, H = 96, 72
@@ -285,3 +286,69 @@ def test_shrinking_does_not_alias():
         Sample(image=np.repeat(board[..., None], 3, 2)), np.random.default_rng(0)
     )
     assert np.abs(out.image[2:-2, 2:-2] - 0.5).max() < 0.05
+
+
+def flat(label: int | np.ndarray, depth: float | np.ndarray | None, colour: float) -> Sample:
+    """A wall at one depth, or what the arrays say."""
+    labels = np.broadcast_to(np.asarray(label, np.uint8), (6, 8)).copy()
+    known = None if depth is None else np.broadcast_to(np.float32(depth), (6, 8)).copy()
+    return Sample(image=np.full((6, 8, 3), colour, np.float32), labels=labels, depth=known)
+
+
+def test_what_is_pasted_stands_in_front():
+    ours = np.where(np.arange(8) < 3, 1.0, 4.0)  # near on the left
+    result = paste(flat(1, ours, 0.2), flat(7, 2.0, 0.8), np.random.default_rng(0))
+    theirs = np.broadcast_to(np.arange(8) >= 3, (6, 8))
+    assert (result.labels == np.where(theirs, 7, 1)).all()
+    assert (result.depth == np.where(theirs, 2.0, 1.0)).all()
+    assert (result.image == np.where(theirs, np.float32(0.8), np.float32(0.2))[..., None]).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_half_of_the_classes_are_pasted_and_void_never(seed):
+    labels = np.array([3, 5, 9, 11, 13, IGNORE, IGNORE, 3], np.uint8)
+    result = paste(flat(1, None, 0.2), flat(labels, None, 0.8), np.random.default_rng(seed))
+    pasted = set(np.unique(result.labels)) - {1}
+    assert len(pasted) == 3
+    assert pasted < {3, 5, 9, 11, 13}
+    assert ((result.labels != 1) == np.isin(labels, list(pasted))).all()  # every pixel of a chosen class
+    assert ((result.image[..., 0] > 0.5) == (result.labels != 1)).all()
+
+
+def test_which_classes_are_pasted_is_chance():
+    labels = np.arange(8, dtype=np.uint8)
+    sets = {
+        tuple(np.unique(paste(flat(99, None, 0), flat(labels, None, 1), np.random.default_rng(s)).labels))
+        for s in range(20)
+    }
+    assert len(sets) > 10
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "depth"), [(0.0, 3.0, 3.0), (1.0, 0.0, 0.0), (1.0, None, 0.0), (None, 1.0, None)]
+)
+def test_unknown_depth_is_behind_what_is_pasted(ours, theirs, depth):
+    result = paste(flat(1, ours, 0.2), flat(7, theirs, 0.8), np.random.default_rng(0))
+    assert (result.labels == 7).all()
+    assert result.depth is None if depth is None else (result.depth == depth).all()
+
+
+def test_pasting_takes_every_map_along_and_writes_to_none():
+    ours, theirs = scene(), augmented({"size": (H, W), "flip": 1.0}, seed=3)
+    theirs = theirs.replace(depth=theirs.depth / 2)  # all of it in front
+    before = ours.image.copy()
+    result = paste(ours, theirs, np.random.default_rng(1))
+    front = (result.labels == theirs.labels) & (result.depth == theirs.depth)
+    assert 0.2 < front.mean() < 0.8
+    for name in ("image", "instances", "normals", "hha"):
+        chosen = front if getattr(ours, name).ndim == 2 else front[..., None]
+        assert (getattr(result, name) == np.where(chosen, getattr(theirs, name), getattr(ours, name))).all()
+        assert getattr(result, name).dtype == getattr(ours, name).dtype
+    assert result.camera == ours.camera
+    assert (ours.image == before).all()
+
+
+def test_pasting_needs_labels():
+    bare = flat(1, 1.0, 0.2).replace(labels=None, name="kitchen")
+    with pytest.raises(UserError, match=r"kitchen.*paste=0"):
+        paste(flat(1, 1.0, 0.2), bare, np.random.default_rng(0))

@@ -23,6 +23,8 @@ class Stage:
             mirror image and four crops, shuffled once (Mousavian et al. 2016, Section 4.1). An epoch is all six.
         samples: in an epoch, drawn anew in each; 0 is all.
         flip, colour: see `data.transforms.Augment`.
+        paste: share of the samples into which half of the classes of another one are pasted, where they would stand in
+            front (`data.transforms.paste`).
         batch: samples in one forward pass, per process.
         accumulate: forward passes per update.
         lr: peak learning rate; `lr_parts` multiplies it per part.
@@ -50,6 +52,7 @@ class Stage:
     samples: int = 0
     flip: float = 0.5
     colour: float = 1.0
+    paste: float = 0.0
     batch: int = 8
     accumulate: int = 1
     optimiser: Literal["adamw", "adam", "sgd"] = "adamw"
@@ -83,7 +86,7 @@ class Recipe:
         class_weights: a file of `enfilade data weights` to use instead.
         regions: samples carry their regions and region support (`ops.regions`), made after augmentation.
         volumes: samples are encoded for completion (`data.volumes`): whole images at the stage's size, mirrored in 3-D
-            with its `flip`. Zoom, scale and focal length do not apply.
+            with its `flip`. Zoom, paste, scale and focal length do not apply.
         depth_fraction: share of the training samples that keep their depth (GAD Section 4.5).
         seed: of everything random: initial weights, order, augmentation, dropout.
         precision: "no" (fp32) or "bf16".

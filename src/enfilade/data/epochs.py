@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from enfilade.data.transforms import Augment, jitter
+from enfilade.data.transforms import Augment, jitter, paste
 from enfilade.data.weights import count, median_frequency
 from enfilade.errors import UserError
 from enfilade.ops.regions import region_support, regions
@@ -49,13 +49,18 @@ class Augmented(Dataset):
             augment = replace(augment, flip=0.0)
             if which < 2:  # whole, as far as the size of the crop allows
                 augment = replace(augment, zoom=(1.0, 1.0), crop="centre", flip=float(which))
-        sample = self.reader[index]
         if self.volumes:
-            return completed(sample, self.stage, self.reader.space.name, np.random.default_rng(key))
-        if not self.with_depth[index]:
-            sample = sample.replace(depth=None)
-        sample = augment(sample, np.random.default_rng(key))
+            return completed(self.reader[index], self.stage, self.reader.space.name, np.random.default_rng(key))
+        sample = augment(self.told(index), np.random.default_rng(key))
+        rng = np.random.default_rng((*key, 1))
+        if rng.random() < self.stage.paste:
+            sample = paste(sample, augment(self.told(int(rng.integers(len(self.reader)))), rng), rng)
         return with_regions(sample) if self.regions else sample
+
+    def told(self, index: int) -> Sample:
+        """A sample with the depth that training may know."""
+        sample = self.reader[index]
+        return sample if self.with_depth[index] else sample.replace(depth=None)
 
 
 def completed(sample: Sample, stage: Stage, space: str, rng: np.random.Generator) -> Sample:

@@ -11,7 +11,10 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 
+from enfilade.errors import UserError
 from enfilade.types import IGNORE, Sample
+
+MAPS = ("image", "labels", "depth", "instances", "normals", "hha")  # what an image-sized change has to change
 
 cv2.setNumThreads(0)  # parallelism belongs to the loader's workers
 
@@ -93,6 +96,34 @@ def warp(sample: Sample, affine: np.ndarray, height: int, width: int) -> Sample:
         changes["hha"] = apply(sample.hha, smooth, 0)
     if sample.camera is not None:
         changes["camera"] = sample.camera.warped(affine, width, height)
+    return sample.replace(**changes)
+
+
+def paste(sample: Sample, other: Sample, rng: np.random.Generator) -> Sample:
+    """Half of the classes of `other`, put into `sample` where they would stand in front of it: the label-guided mixing
+    of ClassMix (Olsson et al., WACV 2021, Section 3.1) behind the depth test of DepthMix (Hoyer et al., CVPR 2021,
+    Section 3.3). Both are of one size and one canonical focal length (`Augment`); the camera stays that of `sample`.
+
+    Where one of the two depths is unknown, `other` is in front. A map that one of them lacks stays as `sample` has it;
+    pixels from a picture without depth have none. Instance ids of the two may coincide.
+
+    Raises:
+        UserError: one of them has no labels.
+    """
+    if sample.labels is None or other.labels is None:
+        name = sample.name if sample.labels is None else other.name
+        raise UserError(f"{name}: what is pasted is chosen by labels, and there are none; set paste=0 in the stage")
+    classes = np.setdiff1d(other.labels, [IGNORE])
+    chosen = rng.permutation(classes)[: (len(classes) + 1) // 2]
+    front = np.isin(other.labels, chosen)
+    theirs = np.zeros_like(sample.depth) if other.depth is None and sample.depth is not None else other.depth
+    if sample.depth is not None and theirs is not None:
+        front &= (theirs == 0) | (sample.depth == 0) | (theirs < sample.depth)
+    changes = {}
+    for name in MAPS:
+        below, above = getattr(sample, name), theirs if name == "depth" else getattr(other, name)
+        if below is not None and above is not None:
+            changes[name] = np.where(front[..., None] if below.ndim == 3 else front, above, below)
     return sample.replace(**changes)
 
 
