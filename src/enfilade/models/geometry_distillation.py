@@ -17,16 +17,11 @@ from torch import Tensor, nn
 
 from enfilade.errors import UserError
 from enfilade.models.encoders import Encoder, covering, pad_to_multiple
+from enfilade.models.layers import conv_bn
 from enfilade.types import Output, full
 
 Affinity = Literal["dot", "softmax", "window"]
 Fusion = Literal["none", "vanilla", "gap"]
-
-
-def conv_bn(cin: int, cout: int, kernel: int, relu: bool = True, dilation: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(cin, cout, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=False)
-    layers = [conv, nn.BatchNorm2d(cout)]
-    return nn.Sequential(*layers, nn.ReLU(inplace=True)) if relu else nn.Sequential(*layers)
 
 
 def resize(x: Float[Tensor, "b c _ _"], size) -> Float[Tensor, "b c h w"]:

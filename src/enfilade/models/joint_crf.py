@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from enfilade.errors import UserError
 from enfilade.models.encoders import Encoder, covering, pad_to_multiple
+from enfilade.models.layers import conv_bn
 from enfilade.ops.crf import PAPER_KERNELS, DenseCRF, Kernel
 from enfilade.types import Output
 
@@ -119,14 +120,8 @@ class Branches(nn.Module):
         self.channels = tuple(widths)
         self.tops = nn.ModuleList()
         for cin, width, last in zip(self.trunk.channels, widths, (False,) * 4 + (True,)):
-            second = self.layer(width, width, 1) if last else self.layer(width, width, 3)
-            self.tops.append(nn.Sequential(self.layer(cin, width, 3, 2 if last else 1), second))
-
-    @staticmethod
-    def layer(cin: int, cout: int, kernel: int, dilation: int = 1) -> nn.Sequential:
-        conv = nn.Conv2d(cin, cout, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=False)
-        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-        return nn.Sequential(conv, nn.BatchNorm2d(cout), nn.ReLU(inplace=True))
+            second = conv_bn(width, width, 1 if last else 3, kaiming=True)
+            self.tops.append(nn.Sequential(conv_bn(cin, width, dilation=2 if last else 1, kaiming=True), second))
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _ _ _"]]:
         return [top(feature) for top, feature in zip(self.tops, self.trunk(image))]

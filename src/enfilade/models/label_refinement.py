@@ -20,12 +20,8 @@ from torch import Tensor, nn
 
 from enfilade.errors import UserError
 from enfilade.models.encoders import Encoder, covering, pad_to_multiple
+from enfilade.models.layers import conv_bn
 from enfilade.types import Output
-
-
-def conv_bn(cin: int, cout: int, kernel: int = 3) -> nn.Sequential:
-    conv = nn.Conv2d(cin, cout, kernel, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(cout), nn.ReLU(inplace=True))
 
 
 def double(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from enfilade.errors import UserError
 from enfilade.models.completion3d import SketchNet, Volumetric, complete, make_backbone
 from enfilade.models.encoders import Encoder, ceil_div, first, pad_to_multiple
+from enfilade.models.layers import conv_bn
 from enfilade.ops.deform import deform_conv3d
 from enfilade.ops.projection import along_rays, to_pixels, to_voxels
 from enfilade.types import IGNORE, Output, full
@@ -32,19 +33,12 @@ Product = Literal["mean", "sum"]
 # ---------------------------------------------------------------------------------------------- the 2-D segmentation
 
 
-def conv_bn(cin: int, cout: int, kernel: int, dilation: int = 1) -> nn.Sequential:
-    padding = dilation * (kernel // 2)
-    conv = nn.Conv2d(cin, cout, kernel, padding=padding, dilation=dilation, bias=False)
-    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-    return nn.Sequential(conv, nn.BatchNorm2d(cout))
-
-
 class DUC(nn.Module):
     """Dense upsampling convolution: four maps of half the size are shuffled into one."""
 
     def __init__(self, cin: int, cout: int):
         super().__init__()
-        self.conv = conv_bn(cin, 4 * cout, 3)
+        self.conv = conv_bn(cin, 4 * cout, relu=False, kaiming=True)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
         return F.pixel_shuffle(F.relu(self.conv(x), inplace=True), 2)
@@ -68,7 +62,7 @@ class SegDecoder(nn.Module):
         last = [(2 * stem, stem), (stem, max(1, stem // 2))][: {4: 0, 2: 1, 1: 2}[stride]]
         self.last = nn.ModuleList(DUC(a, b) for a, b in last)
         cin = last[-1][1] if last else 2 * stem
-        self.pyramid = nn.ModuleList(conv_bn(cin, context, 3, dilation) for dilation in (1, 3, 5, 7))
+        self.pyramid = nn.ModuleList(conv_bn(cin, context, relu=False, dilation=d, kaiming=True) for d in (1, 3, 5, 7))
         self.classify = nn.Conv2d(context, classes, 1)
         nn.init.normal_(self.classify.weight, std=0.01)  # all classes start out alike
 

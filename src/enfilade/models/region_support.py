@@ -17,17 +17,12 @@ from torch import Tensor, nn
 
 from enfilade.errors import UserError
 from enfilade.models.encoders import Encoder, as_symbol, ceil_div, covering, pad_to_multiple
+from enfilade.models.layers import conv_bn
 from enfilade.types import IGNORE, Output
 
 SCALES = (2, 4, 8, 10, 20, 40, 80, 160)  # the pyramid's, in pixels of the network's image
 TABLE_1 = "resnet34-half"
 METRES = 3.0  # depth enters the refinement in units of this, so that it weighs about as much as a colour
-
-
-def conv(cin: int, cout: int, kernel: int = 3, **options) -> nn.Sequential:
-    """ "Except for the last layer, all the convolutional layers are followed with a batch-normalization and a ReLU"."""
-    layer = nn.Conv2d(cin, cout, kernel, padding=kernel // 2, bias=False, **options)
-    return nn.Sequential(layer, nn.BatchNorm2d(cout), nn.ReLU(inplace=True))
 
 
 def resize(x: Float[Tensor, "b c _ _"], size: Sequence[int]) -> Float[Tensor, "b c h w"]:
@@ -62,7 +57,7 @@ class PyramidUnit(nn.Module):
         if channels % len(SCALES):
             raise UserError(f"the pyramid unit divides its channels by {len(SCALES)}: {channels} do not")
         self.stride = stride
-        self.tops = nn.ModuleList(conv(channels, channels // len(SCALES), 1) for _ in SCALES)
+        self.tops = nn.ModuleList(conv_bn(channels, channels // len(SCALES), 1) for _ in SCALES)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         size = x.shape[-2:]
@@ -140,18 +135,20 @@ class Generation(nn.Module):
     def __init__(self, fine: int, coarse: int, width: int, stride: int):
         super().__init__()
         half, quarter = width // 2, width // 4
-        self.lift = nn.Sequential(conv(fine, quarter), conv(quarter, quarter))  # 5, 6
+        self.lift = nn.Sequential(conv_bn(fine, quarter), conv_bn(quarter, quarter))  # 5, 6
         self.pyramid = PyramidUnit(coarse, 2 * stride)  # 21
-        self.mix = conv(coarse, width)  # 22
-        self.join = conv(width + coarse, width)  # 23
+        self.mix = conv_bn(coarse, width)  # 22
+        self.join = conv_bn(width + coarse, width)  # 23
         self.up = nn.Sequential(  # 24
             nn.ConvTranspose2d(width, half, 3, 2, padding=1, output_padding=1, bias=False),
             nn.BatchNorm2d(half),
             nn.ReLU(inplace=True),
         )
-        self.narrow = conv(half, quarter)  # 25
+        self.narrow = conv_bn(half, quarter)  # 25
         last = nn.Conv2d(quarter, 1, 3, padding=1)
-        self.regress = nn.Sequential(conv(half, quarter), *(conv(quarter, quarter) for _ in range(3)), last)  # 26-30
+        self.regress = nn.Sequential(
+            conv_bn(half, quarter), *(conv_bn(quarter, quarter) for _ in range(3)), last
+        )  # 26-30
         initialise(self)
         start_at(last, 2.6)  # softplus: about 2.7 m, the middle of a room
 
@@ -172,13 +169,15 @@ class Refinement(nn.Module):
 
     def __init__(self, width: int, stride: int, residual: bool):
         super().__init__()
-        self.first = conv(5, width, 7)  # 1
-        self.units = nn.ModuleList([conv(width, width) for _ in range(3)])  # 2-4
-        self.lift = nn.Sequential(conv(width, 2 * width), conv(2 * width, 2 * width))  # 5, 6
+        self.first = conv_bn(5, width, 7)  # 1
+        self.units = nn.ModuleList([conv_bn(width, width) for _ in range(3)])  # 2-4
+        self.lift = nn.Sequential(conv_bn(width, 2 * width), conv_bn(2 * width, 2 * width))  # 5, 6
         self.pyramid = PyramidUnit(2 * width, stride)  # 7
-        self.mix = conv(2 * width, 2 * width)  # 8
+        self.mix = conv_bn(2 * width, 2 * width)  # 8
         last = nn.Conv2d(2 * width, 1, 3, padding=1)
-        self.regress = nn.Sequential(conv(4 * width, 2 * width), *(conv(2 * width, 2 * width) for _ in range(5)), last)
+        self.regress = nn.Sequential(
+            conv_bn(4 * width, 2 * width), *(conv_bn(2 * width, 2 * width) for _ in range(5)), last
+        )
         self.residual = residual
         initialise(self)
         start_at(last, 0.0 if residual else 2.6)
