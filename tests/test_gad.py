@@ -211,6 +211,7 @@ ROWS["window"] = {"affinity": "window", "window": 3}
 ROWS["softmax"] = {"affinity": "softmax"}
 ROWS["wide"] = {"widths": (8, 8, 8, 8)}  # the paper's four blocks: decoders end at a half, SPF at a quarter
 ROWS["tapered"] = {"spf_widths": (16, 12, 8, 4)}
+ROWS["finer"] = {"spf_widths": (16, 12, 8, 6, 4)}
 ROWS["pooled"] = {"average": True, "context": 2}  # as in gad-after-rooms
 
 
@@ -223,16 +224,15 @@ def test_shapes_at_odd_sizes(row, size):
     h, w = size
     blocks = len(model.semantic.blocks)
     decoder = (-(-h * 2**blocks // 32), -(-w * 2**blocks // 32))
-    quarter = (-(-h // 4), -(-w // 4))
-    assert out.logits.shape == (2, 5, *(quarter if model.spf else decoder))
+    spf = [(-(-h // s), -(-w // s)) for s in (32, 16, 8, 4, 2)][: len(model.spf or ())]
+    assert out.logits.shape == (2, 5, *(spf[-1] if model.spf else decoder))
     if model.depth is None:
         assert out.depth is None
     else:
         assert out.depth.shape == (2, *decoder)
         assert (out.depth > 0).all()
     if model.spf:
-        coarse = [(-(-h // s), -(-w // s)) for s in (32, 16, 8)]
-        assert [tuple(s.shape[-2:]) for s in out.side_logits] == [decoder, *coarse]
+        assert [tuple(s.shape[-2:]) for s in out.side_logits] == [decoder, *spf[:-1]]
     else:
         assert out.side_logits == ()
 
@@ -302,11 +302,17 @@ def test_featprop_adds_the_depth_features_before_the_next_block():
         torch.testing.assert_close(levels[2], decoder.blocks[2](want + added[1]))  # the last level adds nothing
 
 
-def test_spf_widths_are_those_of_the_blocks():
-    model = small(spf_widths=(16, 12, 8, 4))
-    assert [block.side.in_channels for block in model.spf] == [16, 12, 8, 4]  # deep to shallow
-    with pytest.raises(UserError, match="four spf_widths, not 2"):
-        small(spf_widths=(8, 8))
+@pytest.mark.parametrize("widths", [(16, 12), (16, 12, 8, 4), (16, 12, 8, 6, 4)])
+def test_spf_widths_are_those_of_the_blocks_that_meet_as_many_levels(widths):
+    model = small(spf_widths=widths)
+    assert tuple(block.side.in_channels for block in model.spf) == widths  # deep to shallow
+    levels = model.trunk.channels[::-1][: len(widths)]
+    assert [block.reduce[0].in_channels for block in model.spf] == levels
+
+
+def test_more_spf_blocks_than_levels():
+    with pytest.raises(UserError, match="has 5: give at most so many spf_widths, not 6"):
+        small(spf_widths=(8,) * 6)
 
 
 def seen_by_first_side(average: bool) -> torch.Tensor:

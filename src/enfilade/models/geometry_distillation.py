@@ -217,11 +217,12 @@ class GAD(nn.Module):
         context: dilation of a 3x3 convolution that takes the place of the 1x1 on the trunk; 0 leaves the paper's.
         average: the first SPF block takes the mean of the GAP output over each of its cells; otherwise bilinear
             samples, which leave most positions unseen.
-        spf_widths: channels of the four SPF blocks, deep to shallow; None is `embedding` in each.
+        spf_widths: channels of the SPF blocks, deep to shallow, one for each level of the encoder that they meet; None
+            is four of `embedding`.
 
-    `forward(image, hha=None, has_depth=None)`: RGB in [0, 1] of any size. With SPF the logits have the size of the
-    encoder's fourth-deepest level (a quarter of the image), without it the decoders' (a half). `has_depth` marks the
-    samples with depth supervision; from the others the depth decoder gets no gradient (GAD Section 4.5).
+    `forward(image, hha=None, has_depth=None)`: RGB in [0, 1] of any size. With SPF the logits have the size of the last
+    level that it meets (a quarter of the image with four blocks), without it the decoders' (a half). `has_depth` marks
+    the samples with depth supervision; from the others the depth decoder gets no gradient (GAD Section 4.5).
     """
 
     def __init__(
@@ -265,10 +266,13 @@ class GAD(nn.Module):
             self.fusion = VanillaFusion(embedding)
         else:
             raise ValueError(f"fusion is 'gap', 'vanilla' or 'none', not {fusion!r}")
-        levels = self.trunk.channels[-4:][::-1]  # four blocks, the deepest level first
+        levels = self.trunk.channels[::-1]  # the deepest first
         spf_widths = tuple(spf_widths or [embedding] * 4)
-        if len(spf_widths) != 4:
-            raise UserError(f"SPF has four blocks: give four spf_widths, not {len(spf_widths)}")
+        if len(spf_widths) > len(levels):
+            raise UserError(
+                f"each SPF block meets a level of the encoder, and {encoder} has {len(levels)}: give at most so many "
+                f"spf_widths, not {len(spf_widths)}"
+            )
         blocks = zip((embedding, *spf_widths), levels, spf_widths)
         self.spf = nn.ModuleList(SkipPyramidFusion(*block, classes) for block in blocks) if skip else None
         self.dropout = nn.Dropout2d(dropout)
@@ -327,7 +331,7 @@ class GAD(nn.Module):
         sides = []
         if self.spf is not None:
             p = F.avg_pool2d(p, self.average) if self.average > 1 else p
-            for block, skip in zip(self.spf, features[-4:][::-1]):
+            for block, skip in zip(self.spf, features[::-1]):
                 p, side = block(p, skip)
                 sides.append(side)
             # "The score map from the bottom SPF block is utilized for the final semantic label prediction"
