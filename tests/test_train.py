@@ -517,6 +517,16 @@ def test_frozen_parts_keep_every_bit(tmp_path):
     assert moved == learned  # their batch norms and counters move, too
 
 
+def test_running_norms_are_kept_while_all_else_learns(tmp_path):
+    both = stage(epochs=1), stage("two", epochs=1, norms="running")
+    run(tiny(both[0]), Boards(6), tmp_path / "first")
+    run(tiny(*both), Boards(6), tmp_path / "both")
+    before, after = weights_of(tmp_path / "first"), weights_of(tmp_path / "both")
+    kept = {k for k in before if torch.equal(before[k], after[k])}
+    statistics = {k for k in before if k.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    assert kept == statistics | {"trunk.mean", "trunk.std"}  # those of the image never move
+
+
 def test_freeze_unfreezes_again():
     network = checkpoint.build("gad", tiny().arguments)
     optim.freeze(network, stage(train=("spf",)))

@@ -23,7 +23,8 @@ def part_of(network: nn.Module) -> dict[str, str]:
 
 
 def freeze(network: nn.Module, stage: Stage) -> None:
-    """Training mode, but for frozen parts: their parameters take no gradient and their batch norms do not move."""
+    """Training mode, but for frozen parts: their parameters take no gradient and their batch norms do not move; nor do
+    any in a stage with running `norms`."""
     network.train()
     parts: dict[str, list[nn.Module]] = network.parts  # type: ignore[assignment]
     unknown = {*stage.train, *stage.lr_parts, *stage.clip} - {"*"} - parts.keys()
@@ -34,6 +35,10 @@ def freeze(network: nn.Module, stage: Stage) -> None:
         for module in modules:
             module.requires_grad_(learns)
             if not learns:
+                module.eval()
+    if stage.norms == "running":
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
                 module.eval()
 
 

@@ -34,6 +34,8 @@ class Stage:
         clip: largest gradient norm per part; parts not named are not clipped.
         ema: decay of the exponential moving average of the weights that is validated and shipped; 0 for none.
         evaluate_every: epochs between validations (the last epoch is always validated).
+        norms: what batch norms go by: the "batch"; or the "running" statistics that they have and keep, as in
+            prediction, so that small batches do no harm.
         precision: "no" (fp32) or "bf16"; None is the recipe's. What bf16 makes of the weights is always the same error,
             and networks with small depthwise convolutions learn to live with it: a last, short stage in fp32 takes them
             back.
@@ -66,6 +68,7 @@ class Stage:
     clip: dict[str, float] = field(default_factory=dict)
     ema: float = 0.0
     evaluate_every: int = 5
+    norms: Literal["batch", "running"] = "batch"
     precision: Literal["no", "bf16"] | None = None
 
 
