@@ -209,9 +209,8 @@ def test_files_answer_as_the_network(system, predictor, runs, format, size):
     for (name, expected), have in zip(want.items(), runs[format](feed), strict=True):
         assert have.shape == expected.shape
         far = ~(np.abs(have - expected) <= NEAR[name] * (1 + np.abs(expected)))
-        # Where a network takes an arg max on its way, rounding decides
-        # between two equal classes. Of the guided RSN one or two pixels in 20,000 differ by more, and why is not known.
-        share = {"sketch": 0.02, "imenet": 0.02, "rsn-guided": 5e-4}.get(system, 0)
+        # Where a network takes an arg max on its way, rounding decides between two equal classes
+        share = {"sketch": 0.02, "imenet": 0.02}.get(system, 0)
         assert far.mean() <= share, f"{name}: {far.mean():.3%}"
         assert expected.std(axis=(-2, -1)).max() > 10 * NEAR[name]  # not the same everywhere
 
