@@ -100,9 +100,9 @@ def warp(sample: Sample, affine: np.ndarray, height: int, width: int) -> Sample:
 
 
 def paste(sample: Sample, other: Sample, rng: np.random.Generator) -> Sample:
-    """Half of the classes of `other`, put into `sample` where they would stand in front of it: the label-guided mixing
-    of ClassMix (Olsson et al., WACV 2021, Section 3.1) behind the depth test of DepthMix (Hoyer et al., CVPR 2021,
-    Section 3.3). Both are of one size and one canonical focal length (`Augment`); the camera stays that of `sample`.
+    """Half of the classes of `other`, put into `sample` where they would stand in front of it: classes are chosen as in
+    ClassMix (Olsson et al., WACV 2021), and what is nearer wins as in DepthMix (Hoyer et al., CVPR 2021). Both are of
+    one size and one canonical focal length (`Augment`); the camera stays that of `sample`.
 
     Where one of the two depths is unknown, `other` is in front. A map that one of them lacks stays as `sample` has it;
     pixels from a picture without depth have none. Instance ids of the two may coincide.
