@@ -14,7 +14,7 @@ import numpy as np
 from enfilade.errors import UserError
 from enfilade.types import IGNORE, Sample
 
-MAPS = ("image", "labels", "depth", "instances", "normals", "hha")  # what an image-sized change has to change
+MAPS = ("image", "labels", "depth", "instances", "normals", "hha")  # of a sample, pixel by pixel, as readers give them
 
 cv2.setNumThreads(0)  # parallelism belongs to the loader's workers
 
@@ -116,12 +116,13 @@ def paste(sample: Sample, other: Sample, rng: np.random.Generator) -> Sample:
     classes = np.setdiff1d(other.labels, [IGNORE])
     chosen = rng.permutation(classes)[: (len(classes) + 1) // 2]
     front = np.isin(other.labels, chosen)
-    theirs = np.zeros_like(sample.depth) if other.depth is None and sample.depth is not None else other.depth
-    if sample.depth is not None and theirs is not None:
-        front &= (theirs == 0) | (sample.depth == 0) | (theirs < sample.depth)
+    if sample.depth is not None:
+        if other.depth is None:
+            other = other.replace(depth=np.zeros_like(sample.depth))
+        front &= (other.depth == 0) | (sample.depth == 0) | (other.depth < sample.depth)
     changes = {}
     for name in MAPS:
-        below, above = getattr(sample, name), theirs if name == "depth" else getattr(other, name)
+        below, above = getattr(sample, name), getattr(other, name)
         if below is not None and above is not None:
             changes[name] = np.where(front[..., None] if below.ndim == 3 else front, above, below)
     return sample.replace(**changes)
