@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from enfilade.errors import UserError
-from enfilade.models.encoders import Encoder, in_fp32, pad_to_multiple
+from enfilade.models.encoders import Encoder, SideBySide, in_fp32, pad_to_multiple
 
 NAMES = ["mobilenetv2_035", "test_resnet", "test_efficientnet"]
 
@@ -38,6 +38,25 @@ def test_any_size(name, size):
     for f, c, s in zip(features, encoder.channels, encoder.strides):
         assert tuple(f.shape) == (1, c, -(-h // s), -(-w // s))
         assert f.isfinite().all()
+
+
+def test_encoders_side_by_side_join_their_maps(tmp_path):
+    torch.manual_seed(0)
+    both = SideBySide("mobilenetv2_035", count=2).eval()
+    x = torch.rand(1, 3, 40, 56)
+    with torch.no_grad():
+        one, other = both.nets[0](x), both.nets[1](x)
+        found = both(x)
+    assert not torch.equal(one[0], other[0])  # each has weights of its own
+    for have, a, b, channels in zip(found, one, other, both.channels, strict=True):
+        assert torch.equal(have, torch.cat([a, b], 1))
+        assert have.shape[1] == channels
+    assert both.loaded.startswith("2 times encoder mobilenetv2_035: random weights")
+    path = weight_file(tmp_path / "w.safetensors", "mobilenetv2_035")
+    alike = SideBySide("mobilenetv2_035", count=2, weights=str(path)).state_dict()
+    for name, value in Encoder("mobilenetv2_035", weights=str(path)).state_dict().items():
+        assert torch.equal(alike[f"nets.0.{name}"], value)
+        assert torch.equal(alike[f"nets.1.{name}"], value)
 
 
 def test_padding_continues_the_border():

@@ -211,6 +211,7 @@ ROWS["window"] = {"affinity": "window", "window": 3}
 ROWS["softmax"] = {"affinity": "softmax"}
 ROWS["wide"] = {"widths": (8, 8, 8, 8)}  # the paper's four blocks: decoders end at a half, SPF at a quarter
 ROWS["tapered"] = {"spf_widths": (16, 12, 8, 4)}
+ROWS["twins"] = {"encoders": 2}
 ROWS["finer"] = {"spf_widths": (16, 12, 8, 6, 4)}
 ROWS["pooled"] = {"average": True, "context": 2}  # as in gad-after-rooms
 

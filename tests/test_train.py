@@ -369,6 +369,20 @@ def test_an_encoder_fits_wherever_a_network_keeps_its_own(tmp_path):
         torch.testing.assert_close(value, trunk.get(name, before[name]), rtol=0, atol=0)
 
 
+def test_each_model_fills_one_of_the_encoders_that_stand_side_by_side(tmp_path):
+    trunk = {k: v for k, v in checkpoint.build("gad", tiny().arguments).state_dict().items() if k.startswith("trunk.")}
+    for value, prefix in ((1, ""), (2, "branches.")):
+        tensors = {f"{prefix}{k}": torch.full_like(v, value) for k, v in trunk.items()}
+        checkpoint.write(tmp_path / f"{value}.safetensors", tensors, {})
+    network = checkpoint.build("gad", {**tiny().arguments, "encoders": 2})
+    told = training.start_from(network, [tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
+    assert told.count(f"({len(trunk)} of ") == 2
+    state = network.state_dict()
+    for name in trunk:
+        for index, value in ((0, 1), (1, 2)):
+            assert (state[name.replace("trunk.", f"trunk.nets.{index}.", 1)] == value).all(), name
+
+
 def test_what_does_not_fit_starts_anew_and_is_named(tmp_path, capsys):
     run(tiny(stage(epochs=1)), Boards(2), tmp_path / "first")
     more = tiny(stage(epochs=1), arguments={"classes": CLASSES + 1})
@@ -746,6 +760,91 @@ def test_an_epoch_of_some_samples_draws_anew():
     assert set().union(*epochs) - set(range(12))  # not the first twelve only
     more = recipe.with_stages(samples=99)  # more than there are is all
     assert len(list(Order(30, more, 0, 0, 0, 1))) == len(list(Order(30, recipe.with_stages(samples=0), 0, 0, 0, 1)))
+
+
+def test_an_epoch_with_extra_samples_has_all_of_its_own_and_a_share_of_others():
+    """Of 12 own samples and 7 others, at a quarter: 12 and 4 in each epoch, other four in the next."""
+    recipe = tiny(stage(batch=4, extra=0.25, epochs=3))
+    batches = list(Order(12, recipe, 0, 0, 0, 1, extra=7))
+    assert len(batches) == 3 * 4
+    epochs = [[i for b in batches for e, i in b if e == epoch] for epoch in range(3)]
+    others = [{i for i in chosen if i >= 12} for chosen in epochs]
+    for chosen, more in zip(epochs, others):
+        assert sorted(set(chosen) - more) == list(range(12))
+        assert len(more) == 4
+        assert max(more) < 19
+        assert max(chosen[:12]) >= 12  # mixed, not behind one another
+    assert others[0] != others[1] or others[1] != others[2]
+    assert list(Order(12, recipe, 0, 5, 0, 1, extra=7)) == batches[5:]
+    few = list(Order(12, recipe, 0, 0, 0, 1, extra=3))  # too few are repeated
+    assert {i for b in few for _, i in b} == set(range(15))
+    none = recipe.with_stages(extra=0.0)
+    assert list(Order(12, none, 0, 0, 0, 1, extra=7)) == list(Order(12, none, 0, 0, 0, 1))
+
+
+class Ignoring(Boards):
+    """Boards whose class 2 cannot be told from void."""
+
+    space, name, ignored = SPACES["nyu13"], "ignoring", (2,)
+
+
+class Others(Boards):
+    """Boards of the same label space, dark ones."""
+
+    space, name, ignored = SPACES["nyu13"], "others", ()
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return sample.replace(image=0.01 * sample.image)
+
+
+def test_extra_samples_follow_the_own_ones_with_depth_and_without_ignored_classes():
+    recipe = tiny(stage(extra=0.5, colour=0.0, size=(48, 64), zoom=(1.0, 1.0)), depth_fraction=0.0)
+    data = Augmented(Ignoring(3), recipe, 0, Others(5))
+    assert len(data) == 8
+    own, other = data[(0, 1)], data[(0, 3 + 1)]
+    assert own.depth is None
+    assert (other.depth > 0).any()  # the share with depth is one of the own samples
+    assert own.image.max() > 0.1 > other.image.max()
+    classes = np.unique(Others(5)[1].labels)
+    assert 2 in classes
+    assert set(np.unique(other.labels)) == set(classes) - {2}
+
+
+def test_a_run_with_extra_data_resumes_as_if_it_had_never_stopped(tmp_path):
+    recipe = tiny(stage(extra=0.5, epochs=2), stage("two", epochs=1), space="nyu13")
+    data, extra = Ignoring(4), Others(5)
+    whole = run(recipe, data, tmp_path / "whole", extra_data=extra)
+    assert whole["updates"] == 2 * 4 + 2
+    run(recipe, data, tmp_path / "broken", extra_data=extra, stop_after=3)
+    run(recipe, data, tmp_path / "broken", extra_data=extra)
+    assert_same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "broken"))
+    run(recipe, data, tmp_path / "same", extra_data=Ignoring(5))
+    different = weights_of(tmp_path / "same")
+    assert any(not torch.equal(v, different[k]) for k, v in weights_of(tmp_path / "whole").items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "extra", "sentence"),
+    [
+        ({"extra": 0.5}, None, "stage 'one' mixes extra data in, and there is none"),
+        ({}, Others(2), "no stage of tiny mixes extra data in: set extra"),
+        ({"extra": 1.0}, Others(2), "extra is a share from 0 to below 1, not 1"),
+        ({"extra": -0.1}, Others(2), "not -0.1"),
+        ({"extra": 0.5, "augmentation": "offline"}, Others(2), "go without extra data"),
+    ],
+)
+def test_extra_data_and_the_wish_for_it_go_together(tmp_path, changes, extra, sentence):
+    with pytest.raises(UserError, match=sentence):
+        run(tiny(stage(**changes), space="nyu13"), Ignoring(2), tmp_path, extra_data=extra)
+    assert not list(tmp_path.iterdir())  # before anything is written
+
+
+def test_extra_data_have_the_labels_of_the_others(tmp_path):
+    extra = Others(2)
+    extra.space = SPACES["nyu40"]
+    with pytest.raises(UserError, match="others has labels of nyu40, ignoring of nyu13"):
+        run(tiny(stage(extra=0.5), space="nyu13"), Ignoring(2), tmp_path, extra_data=extra)
 
 
 def test_a_late_start_continues_the_same_order():

@@ -22,6 +22,8 @@ class Stage:
         augmentation: "online", drawn anew in each epoch; or "offline", six fixed pictures of each sample: itself, its
             mirror image and four crops, shuffled once (Mousavian et al. 2016, Section 4.1). An epoch is all six.
         samples: in an epoch, drawn anew in each; 0 is all.
+        extra: share of an epoch's samples that come from the extra data set (`train(extra_data=...)`), beside those of
+            the first, which an epoch passes over as ever: at 0.5 as many again.
         flip, colour: see `data.transforms.Augment`.
         paste: share of the samples into which half of the classes of another one are pasted, where they would stand in
             front (`data.transforms.paste`).
@@ -52,6 +54,7 @@ class Stage:
     zoom: tuple[float, float] = (1.0, 1.0)
     augmentation: Literal["online", "offline"] = "online"
     samples: int = 0
+    extra: float = 0.0
     flip: float = 0.5
     colour: float = 1.0
     paste: float = 0.0

@@ -64,7 +64,8 @@ def load_state(tensors: dict[str, Tensor], meta: dict, network: nn.Module, optim
 
 def start_from(network: nn.Module, init: str | Path | Sequence[str | Path]) -> str:
     """Fill `network` with the tensors of a model file that fit by name and shape, or of several, one after the other;
-    returns a sentence about it. Encoders fit each other wherever a network keeps its own.
+    returns a sentence about it. Encoders fit each other wherever a network keeps its own; where it has several side by
+    side, each model fills one of them, in order.
 
     Raises:
         UserError: no such model, or one of which nothing fits.
@@ -72,9 +73,9 @@ def start_from(network: nn.Module, init: str | Path | Sequence[str | Path]) -> s
     own = network.state_dict()
     taken: dict[str, Tensor] = {}
     told = []
-    for name in [init] if isinstance(init, str | Path) else init:
+    for index, name in enumerate([init] if isinstance(init, str | Path) else init):
         path = checkpoint.resolve(name)
-        tensors = {at_home(k, own): v for k, v in checkpoint.read(path)[0].items()}
+        tensors = {at_home(k, own, index): v for k, v in checkpoint.read(path)[0].items()}
         fitting = {k: v.to(own[k].dtype) for k, v in tensors.items() if k in own and v.shape == own[k].shape}
         if not any(p in fitting for p, _ in network.named_parameters()):
             raise UserError(f"no tensor of {path} fits {type(network).__name__}: start from a model of the same kind")
@@ -86,13 +87,14 @@ def start_from(network: nn.Module, init: str | Path | Sequence[str | Path]) -> s
     return f"{text}; new are {', '.join(fresh[:3])}{' and more' if len(fresh) > 3 else ''}" if fresh else text
 
 
-def at_home(name: str, own: Collection[str]) -> str:
+def at_home(name: str, own: Collection[str], index: int = 0) -> str:
     """Where a network with the tensors `own` has the tensor of that name: encoders are called trunk, of the network or
-    of a part of it."""
+    of a part of it. Of several encoders side by side, the one that is `index`th."""
     if name in own or "trunk." not in name:
         return name
-    ending = "trunk." + name.rpartition("trunk.")[2]
-    return next((k for k in own if k.endswith(ending)), name)
+    ending = name.rpartition("trunk.")[2]
+    homes = f"trunk.{ending}", f"trunk.nets.{index}.{ending}"
+    return next((k for k in own if k.endswith(homes)), name)
 
 
 def model_meta(recipe: Recipe, ignored: tuple[int, ...], extra: dict[str, Any]) -> dict[str, Any]:
@@ -115,6 +117,7 @@ def train(
     val_data=None,
     *,
     out: str | Path,
+    extra_data=None,
     init: str | Path | Sequence[str | Path] | None = None,
     passed: int = 0,
     resume: bool = True,
@@ -133,6 +136,9 @@ def train(
             final weights count as best.
         out: run folder. Gets recipe.json, last.safetensors (to resume), best.safetensors and final.safetensors
             (models, `enfilade.load` takes them), log.jsonl and what the trackers write.
+        extra_data: reader of samples that are mixed into the stages that want a share of such (`Stage.extra`): rendered
+            rooms beside a few photos, say. Of the label space of `train_data`; classes that are ignored there are
+            ignored here. Class weights are those of `train_data`.
         init: a shipped model, a model file or a run folder (or several, of which later ones win) whose weights the run
             starts from, as far as they fit: a classifier for other classes, say, starts anew, and the run says so.
         passed: stages at the recipe's beginning that `init` has been through: training starts after them, with the
@@ -149,7 +155,9 @@ def train(
             finite (the last good state is kept).
     """
     names = trackers.check(track)
+    check_extra(recipe, train_data, extra_data)
     run = Run(recipe, train_data, val_data, Path(out), resume, quiet, init, passed)
+    run.extra_data = extra_data
     run.skip_nonfinite, run.save_every, run.log_every, run.workers = skip_nonfinite, save_every, log_every, workers
     with run.track(names):
         for index in range(run.progress["stage"], len(recipe.stages)):
@@ -163,6 +171,7 @@ class Run:
     """A training in progress. `progress` (JSON) says how far it is: the stage, its next step, updates in all."""
 
     skip_nonfinite, save_every, log_every, workers = False, 0, 20, 1
+    extra_data: Any = None
 
     def __init__(self, recipe: Recipe, train_data, val_data, out: Path, resume: bool, quiet: bool, init=None, passed=0):
         from accelerate import Accelerator
@@ -211,7 +220,7 @@ class Run:
     def track(self, names: Sequence[str]) -> trackers.Trackers:
         """Start the trackers, on the first process and where there is something left to train."""
         if self.main and self.progress["stage"] < len(self.recipe.stages):
-            told = {"train": self.train_data, "val": self.val_data}
+            told = {"train": self.train_data, "extra": self.extra_data, "val": self.val_data}
             data = {k: getattr(v, "name", type(v).__name__) for k, v in told.items() if v is not None}
             config = asdict(self.recipe) | {"data": data, "processes": self.world, "enfilade": enfilade.__version__}
             self.trackers = trackers.start(names, self.out, config, self.resumed)
@@ -247,7 +256,9 @@ class Run:
         per_epoch = steps_per_epoch(len(self.train_data), stage, self.world)
         total = per_epoch * stage.epochs
         start = first * stage.accumulate
-        loader = batches(self.train_data, self.recipe, index, start, self.rank, self.world, self.workers)
+        loader = batches(
+            self.train_data, self.recipe, index, start, self.rank, self.world, self.workers, self.extra_data
+        )
         self.owner = part_of(self.network)
         self.teachers = Teachers(stage.teachers, self.recipe, self.accelerator.device) if stage.teachers else None
         for step in self.bar(stage.name, first, total):
@@ -374,6 +385,30 @@ class Run:
             **({"best_miou": self.progress["best"]} if "rmse" not in scores or "miou" in scores else {}),
             **scores,
         }
+
+
+def check_extra(recipe: Recipe, train_data, extra_data) -> None:
+    """That the extra data and the recipe's wish for some go together.
+
+    Raises:
+        UserError: one without the other, other labels, or a share that cannot be.
+    """
+    for stage in recipe.stages:
+        if not 0 <= stage.extra < 1:
+            raise UserError(f"stage {stage.name!r}: extra is a share from 0 to below 1, not {stage.extra:g}")
+        if stage.extra and stage.augmentation == "offline":
+            raise UserError(f"stage {stage.name!r}: fixed pictures (augmentation='offline') go without extra data")
+    wanted = [stage.name for stage in recipe.stages if stage.extra]
+    if wanted and extra_data is None:
+        raise UserError(f"stage {wanted[0]!r} mixes extra data in, and there is none: name it, or set extra=0")
+    if extra_data is not None:
+        if not wanted:
+            raise UserError(f"no stage of {recipe.name} mixes extra data in: set extra in one of them, such as 0.5")
+        if extra_data.space.name != train_data.space.name:
+            raise UserError(
+                f"{extra_data.name} has labels of {extra_data.space.name}, {train_data.name} of "
+                f"{train_data.space.name}: data that are mixed share a label space"
+            )
 
 
 def claim(out: Path, recipe: Recipe, resume: bool, main: bool) -> None:

@@ -52,6 +52,10 @@ class Train:
     """Split to validate on; none for no validation."""
     option: Options = ()
     """Option of the data set's reader, e.g. --option length=200 for rooms."""
+    extra: Annotated[str | None, arg(metavar="NAME")] = None
+    """Another data set, mixed into stages that want a share of it (--set stages.0.extra=0.5): rooms beside photos."""
+    extra_root: MaybeFolder = None
+    """Folder of the extra data; its split is train."""
     init: Annotated[tuple[str, ...], arg(metavar="NAME|FILE|RUN [...]", help_behavior_hint="")] = ()
     """Start from this model's weights, as far as they fit, instead of from the encoder's alone; of several models, each
     gives what fits, and later ones win."""
@@ -83,12 +87,14 @@ class Train:
         val_data = None
         if self.val_split != "none":
             val_data = open_reader(self.data, self.root, self.val_split, options)
+        extra_data = None if self.extra is None else open_reader(self.extra, self.extra_root, "train", {})
         use_threads(self.threads)
         result = enfilade.train(
             recipe,
             train_data,
             val_data,
             out=self.out,
+            extra_data=extra_data,
             init=self.init or None,
             resume=self.resume,
             skip_nonfinite=self.skip_nonfinite,

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from enfilade.data.transforms import Augment, jitter, paste
 from enfilade.data.weights import count, median_frequency
 from enfilade.errors import UserError
+from enfilade.labels import IGNORE
 from enfilade.ops.regions import region_support, regions
 from enfilade.stages import Recipe, Stage
 from enfilade.types import Batch, Sample, collate
@@ -24,15 +25,16 @@ OFFLINE = 6  # pictures of each sample: itself, its mirror image, four crops
 
 class Augmented(Dataset):
     """A reader's samples, augmented as a pure function of (seed, stage, epoch, index); offline, of (seed, index), with
-    `OFFLINE` indices to each sample."""
+    `OFFLINE` indices to each sample. The samples of an `extra` reader follow them."""
 
-    def __init__(self, reader, recipe: Recipe, stage_index: int):
+    def __init__(self, reader, recipe: Recipe, stage_index: int, extra=None):
         stage = recipe.stages[stage_index]
-        self.reader, self.key = reader, (recipe.seed, stage_index)
+        self.reader, self.extra, self.key = reader, extra, (recipe.seed, stage_index)
         self.augment = Augment(
             stage.size, scale=recipe.scale, focal=recipe.focal, zoom=stage.zoom, flip=stage.flip, colour=stage.colour
         )
-        self.offline, self.length = stage.augmentation == "offline", pictures(len(reader), stage)
+        self.offline = stage.augmentation == "offline"
+        self.length = pictures(len(reader), stage) + (0 if extra is None else len(extra))
         self.regions, self.stage = recipe.regions, stage
         self.volumes = recipe.volumes
         self.with_depth = supervised(len(reader), recipe.depth_fraction, recipe.seed)
@@ -50,7 +52,7 @@ class Augmented(Dataset):
             if which < 2:  # whole, as far as the size of the crop allows
                 augment = replace(augment, zoom=(1.0, 1.0), crop="centre", flip=float(which))
         if self.volumes:
-            return completed(self.reader[index], self.stage, self.reader.space.name, np.random.default_rng(key))
+            return completed(self.told(index), self.stage, self.reader.space.name, np.random.default_rng(key))
         sample = augment(self.told(index), np.random.default_rng(key))
         rng = np.random.default_rng((*key, 1))
         if rng.random() < self.stage.paste:
@@ -58,9 +60,16 @@ class Augmented(Dataset):
         return with_regions(sample) if self.regions else sample
 
     def told(self, index: int) -> Sample:
-        """A sample with the depth that training may know."""
-        sample = self.reader[index]
-        return sample if self.with_depth[index] else sample.replace(depth=None)
+        """A sample with what training may know: the depth of some, and no class that the reader ignores."""
+        if index < len(self.reader):
+            sample = self.reader[index]
+            return sample if self.with_depth[index] else sample.replace(depth=None)
+        sample = self.extra[index - len(self.reader)]
+        ignored = getattr(self.reader, "ignored", ())
+        if sample.labels is None or not ignored:
+            return sample
+        void = np.isin(sample.labels, ignored)
+        return sample.replace(labels=np.where(void, np.uint8(IGNORE), sample.labels))
 
 
 def completed(sample: Sample, stage: Stage, space: str, rng: np.random.Generator) -> Sample:
@@ -96,12 +105,14 @@ def supervised(count: int, fraction: float, seed: int) -> np.ndarray:
 
 
 class Order(Sampler):
-    """Batches of (epoch, index) of this process, from micro-batch `start` to the end of the stage."""
+    """Batches of (epoch, index) of this process, from micro-batch `start` to the end of the stage. The indices of
+    `extra` samples follow those of the reader's own `count`."""
 
-    def __init__(self, count: int, recipe: Recipe, stage_index: int, start: int, rank: int, world: int):
+    def __init__(self, count: int, recipe: Recipe, stage_index: int, start: int, rank: int, world: int, extra: int = 0):
         stage = recipe.stages[stage_index]
         self.seed, self.stage = (recipe.seed, stage_index, 1), stage
-        self.pool, self.count = pictures(count, stage), samples(count, stage)
+        self.pool, self.own, self.extra = pictures(count, stage), own_samples(count, stage), extra
+        self.more = samples(count, stage) - self.own
         self.start, self.rank, self.world = start, rank, world
         self.per_epoch = steps_per_epoch(count, stage, world) * stage.accumulate
 
@@ -112,7 +123,11 @@ class Order(Sampler):
         batch = self.stage.batch
         for epoch in range(self.start // self.per_epoch, self.stage.epochs):
             shuffle = 0 if self.stage.augmentation == "offline" else epoch  # "shuffled randomly once"
-            order = np.random.default_rng((*self.seed, shuffle)).permutation(self.pool)[: self.count]
+            rng = np.random.default_rng((*self.seed, shuffle))
+            order = rng.permutation(self.pool)[: self.own]
+            if self.more:
+                added = self.pool + np.resize(rng.permutation(self.extra), self.more)
+                order = rng.permutation(np.concatenate([order, added]))
             needed = self.per_epoch * batch * self.world
             order = np.resize(order, needed)  # a data set smaller than one batch is repeated
             first = max(0, self.start - epoch * self.per_epoch)
@@ -126,9 +141,14 @@ def pictures(count: int, stage: Stage) -> int:
     return count * (OFFLINE if stage.augmentation == "offline" else 1)
 
 
-def samples(count: int, stage: Stage) -> int:
-    """What an epoch over a reader of `count` samples holds."""
+def own_samples(count: int, stage: Stage) -> int:
+    """What an epoch takes of a reader of `count` samples."""
     return min(stage.samples or sys.maxsize, pictures(count, stage))
+
+
+def samples(count: int, stage: Stage) -> int:
+    """What an epoch over a reader of `count` samples holds, with its share of extra ones."""
+    return round(own_samples(count, stage) / (1 - stage.extra))
 
 
 def steps_per_epoch(count: int, stage: Stage, world: int) -> int:
@@ -138,13 +158,14 @@ def steps_per_epoch(count: int, stage: Stage, world: int) -> int:
 
 
 def batches(
-    reader, recipe: Recipe, stage_index: int, start: int, rank: int, world: int, workers: int
+    reader, recipe: Recipe, stage_index: int, start: int, rank: int, world: int, workers: int, extra=None
 ) -> Iterator[Batch]:
     """The rest of a stage, from micro-batch `start`, for one of `world` processes."""
+    more = 0 if extra is None else len(extra)
     return iter(
         DataLoader(
-            Augmented(reader, recipe, stage_index),
-            batch_sampler=Order(len(reader), recipe, stage_index, start, rank, world),
+            Augmented(reader, recipe, stage_index, extra),
+            batch_sampler=Order(len(reader), recipe, stage_index, start, rank, world, more),
             collate_fn=collate,
             num_workers=workers,
             prefetch_factor=4 if workers else None,

@@ -150,3 +150,23 @@ class Encoder(nn.Module):
         image = (image - self.mean) / self.std
         features = self.net(pad_to_multiple(image, stride))
         return [f[..., : ceil_div(h, s), : ceil_div(w, s)] for f, s in zip(features, self.strides)]
+
+
+class SideBySide(nn.Module):
+    """Encoders of one architecture next to each other: their maps are joined, level by level. What networks that were
+    trained apart have learned, one set of decoders can read.
+
+    Args: `count` encoders; the others as `Encoder` takes them. Attributes: as those of an `Encoder`.
+    """
+
+    def __init__(self, name: str, *, count: int, weights: str | None = None, in_channels: int = 3):
+        super().__init__()
+        self.nets = nn.ModuleList(Encoder(name, weights=weights, in_channels=in_channels) for _ in range(count))
+        first: Any = self.nets[0]
+        self.channels: list[int] = [count * c for c in first.channels]
+        self.strides: list[int] = first.strides
+        self.loaded = f"{count} times {first.loaded}"
+
+    def forward(self, image: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b _ _ _"]]:
+        """Feature maps at `strides`."""
+        return [torch.cat(maps, 1) for maps in zip(*(net(image) for net in self.nets))]

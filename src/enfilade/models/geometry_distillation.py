@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from enfilade.errors import UserError
-from enfilade.models.encoders import Encoder, covering, pad_to_multiple
+from enfilade.models.encoders import Encoder, SideBySide, covering, pad_to_multiple
 from enfilade.models.layers import conv_bn
 from enfilade.types import Output, full
 
@@ -204,6 +204,7 @@ class GAD(nn.Module):
     Args:
         classes: label classes.
         encoder, weights: see `Encoder`.
+        encoders: so many of them side by side (`SideBySide`); the paper has one.
         bottleneck: channels after the 1x1 convolution on the trunk (paper: 1024).
         widths: the decoders' four blocks (paper: 512, 256, 128, 64).
         embedding: channels of the two decoders' final features and of GAP and SPF (paper: 64).
@@ -231,6 +232,7 @@ class GAD(nn.Module):
         classes: int = 40,
         encoder: str = "resnet50",
         weights: str | None = None,
+        encoders: int = 1,
         bottleneck: int = 1024,
         widths: Sequence[int] = (512, 256, 128, 64),
         embedding: int = 64,
@@ -248,7 +250,13 @@ class GAD(nn.Module):
     ):
         super().__init__()
         self.uses = ("hha",) if hha else ()
-        self.trunk = Encoder(encoder, weights=weights, in_channels=6 if hha else 3)
+        if encoders < 1:
+            raise UserError(f"encoders is how many there are side by side, 1 or more, not {encoders}")
+        maps = 6 if hha else 3
+        if encoders == 1:
+            self.trunk = Encoder(encoder, weights=weights, in_channels=maps)
+        else:
+            self.trunk = SideBySide(encoder, count=encoders, weights=weights, in_channels=maps)
         self.squeeze = conv_bn(
             self.trunk.channels[-1], bottleneck, 3 if context else 1, relu=False, dilation=context or 1
         )
