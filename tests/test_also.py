@@ -164,3 +164,30 @@ def test_on_the_command_line(capsys, tmp_path, monkeypatch):
     assert "answers alone: leave --also out" in capsys.readouterr().err
     assert main([*words, "--also", str(tmp_path / "none.safetensors")]) == 2
     assert "none.safetensors" in capsys.readouterr().err
+
+
+def test_one_crf_stands_behind_all_networks_in_the_place_of_their_own(tmp_path):
+    """The answer is that of networks that never had one, refined once."""
+    arguments = {"classes": 40, "encoder": "mobilenetv2_035", "weights": None, "widths": (8,) * 5, "bins": 4}
+    files = {}
+    for seed, kind in ((0, "rgb"), (1, "none")):
+        torch.manual_seed(seed)
+        network = checkpoint.build("joint", {**arguments, "crf": kind})
+        for head in network.semantic:
+            nn.init.normal_(head.weight, std=0.5)  # opinions
+        meta = {"model": "joint", "space": "nyu40", "size": [48, 64], "focal": 50.0}
+        for made in {kind, "none"}:
+            files[seed, made] = tmp_path / f"{seed}-{made}.safetensors"
+            same = checkpoint.build("joint", {**arguments, "crf": made})
+            same.load_state_dict(network.state_dict(), strict=False)
+            checkpoint.save_model(files[seed, made], same, meta | {"arguments": {**arguments, "crf": made}})
+
+    def answer(first, *also, crf):
+        found = enfilade.load(files[first], also=[files[o] for o in also], crf=crf, flip=False).predict(photo())
+        return found.confidence
+
+    own, bare, other = (0, "rgb"), (0, "none"), (1, "none")
+    assert not np.allclose(answer(own, crf=False), answer(bare, crf=False), atol=1e-3)  # it has one, and it counts
+    np.testing.assert_array_equal(answer(own, crf=True), answer(bare, crf=True))
+    np.testing.assert_array_equal(answer(other, own, crf=True), answer(other, bare, crf=True))
+    assert not np.allclose(answer(other, own, crf=True), answer(other, own, crf=False), atol=1e-3)

@@ -381,6 +381,10 @@ def test_each_model_fills_one_of_the_encoders_that_stand_side_by_side(tmp_path):
     for name in trunk:
         for index, value in ((0, 1), (1, 2)):
             assert (state[name.replace("trunk.", f"trunk.nets.{index}.", 1)] == value).all(), name
+    checkpoint.write(tmp_path / "both.safetensors", {k: v for k, v in state.items() if k.startswith("trunk.")}, {})
+    single = checkpoint.build("gad", tiny().arguments)
+    training.start_from(single, tmp_path / "both.safetensors")  # it takes the first
+    assert all((single.state_dict()[name] == 1).all() for name in trunk)
 
 
 def test_what_does_not_fit_starts_anew_and_is_named(tmp_path, capsys):

@@ -63,6 +63,7 @@ class Predictor(OnHub):
     answer together, each counting alike (`tta.together`): better than any of them, in the time of all.
 
     `crf` refines the labels by colours and depth before they are chosen: True, or a `refine.CRF` with other settings.
+    It stands behind all networks that answer, and takes the place of one that a network ends in.
 
     A network that is guided by region support or by labels (RSN's refinement alone) is given them with each image, or
     takes them from `guide`, a predictor of both labels and depth.
@@ -415,6 +416,9 @@ def load(
     loaded = load_checkpoint(model)
     options: dict[str, Any] = augmentation.options() | {"precision": precision}
     members = [load(other, device, **options, guidance="truth") for other in also]
+    for network in (loaded.network, *(member.network for member in members)):
+        if crf and hasattr(network, "crf"):
+            network.crf = None  # pyright: ignore[reportArgumentType]  (labels that were smoothed twice lose small things)
     options |= {"crf": crf, "also": members}
     if guidance == "predicted" and {"labels", "support"} & set(getattr(loaded.network, "uses", ())):
         options["guide"] = load(device=device, flip=flip, precision=precision)
