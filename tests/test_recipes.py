@@ -55,6 +55,7 @@ def test_every_recipe_can_take_a_step(name):
         volume=torch.randint(0, 12, (2, 8, 4, 8)),
         voxels=torch.randint(-1, 256, (2, 64, 64)),
         pixels=torch.randint(-1, 4096, (2, 8, 4, 8)),
+        taught=torch.randn(2, classes, 16, 16).log_softmax(1),
     )
     batch.labels[batch.labels >= classes] = 255
     assert recipe.stages or name == "rsn-support"  # whose answer is what it is given

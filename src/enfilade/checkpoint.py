@@ -32,6 +32,7 @@ MODELS: dict[str, str] = {
     "rsn": "enfilade.models.region_support:RSN",
     "fcn8s": "enfilade.models.label_refinement:FCN8s",
     "peer": "enfilade.models.peers:Peer",
+    "ensemble": "enfilade.models.ensemble:Ensemble",
 }
 
 SPARE = 4_000_000  # numbers that a constructor may make beyond four times those of its file
@@ -40,6 +41,7 @@ SPARE = 4_000_000  # numbers that a constructor may make beyond four times those
 SHIPPED: dict[str, str] = {
     "gad-nyuv2": "weights/gad-nyuv2.safetensors",
     "joint-nyuv2": "weights/joint-nyuv2.safetensors",
+    "gad-joint-nyuv2": "weights/gad-joint-nyuv2.safetensors",
     "imenet-rooms": "weights/imenet-rooms.safetensors",
     "sscnet-rooms": "weights/sscnet-rooms.safetensors",
     "lrn-camvid": "weights/lrn-camvid.safetensors",
@@ -121,7 +123,8 @@ def save_model(path: Path, network: nn.Module, meta: dict[str, Any], half: bool 
     """Write weights (fp16 if `half`) and `meta`, which holds at least "model" and "arguments"."""
     tensors = {k: v.half() if half and v.is_floating_point() else v for k, v in network.state_dict().items()}
     # The encoder's own pretrained weights are inside: whoever loads this file does not need them.
-    meta = meta | {"arguments": meta["arguments"] | {"weights": None}}
+    if "weights" in meta["arguments"]:
+        meta = meta | {"arguments": meta["arguments"] | {"weights": None}}
     write(path, tensors, meta)
 
 

@@ -16,6 +16,7 @@ from enfilade.recipes_gad import (
     gad_paper,
     gad_rooms,
     gad_semi,
+    gad_slim,
 )
 from enfilade.recipes_imenet import (
     IMENET_ROWS,
@@ -35,6 +36,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "gad-nyuv2": gad_nyuv2,
     "gad-after-rooms": gad_after_rooms,
     "gad-rooms": gad_rooms,
+    "gad-slim": gad_slim,
     "gad-paper": gad_paper,
     "fpn-peer": fpn_peer,
     **{f"gad-{row}": (lambda weights=None, row=row: gad_ablation(row, weights)) for row in ABLATION},

@@ -177,6 +177,28 @@ def gad_rooms(weights: str | None = None) -> Recipe:
     return recipe.replace(name="gad-rooms", stages=(replace(recipe.stages[0], name="rooms", epochs=5),))
 
 
+def gad_slim(weights: str | None = None) -> Recipe:
+    """The GAD in `gad-joint-nyuv2`: decoders of a third of the size over the encoder of gad-nyuv2 (`--init gad-nyuv2`),
+    which stands still while they learn to answer as the whole network does."""
+    recipe = gad_nyuv2(weights)
+    heads = replace(
+        recipe.stages[1],
+        name="heads",
+        epochs=13,
+        losses=recipe.stages[1].losses | {"cross_entropy": 0.3, "side_cross_entropy": 0.2, "distillation": 2.0},
+        teachers=("gad-nyuv2",),
+        train=("semantic", "depth", "fusion", "spf"),
+        size=(288, 384),
+        zoom=(0.75, 1.4),
+        lr=2e-3,
+        evaluate_every=13,
+    )
+    slim = {"bottleneck": 48, "widths": (32, 32, 32), "embedding": 32, "spf_widths": (96, 64, 48, 32)}
+    return recipe.replace(
+        name="gad-slim", arguments=recipe.arguments | slim | {"average": True, "dropout": 0.0}, stages=(heads,)
+    )
+
+
 def fpn_peer(weights: str | None = None) -> Recipe:
     """The peer of the default model: segmentation_models_pytorch's FPN, same encoder and data, 20 epochs of batch 8
     at 320x256, bf16, cross-entropy, random crop and flip, AdamW with one cycle."""

@@ -89,7 +89,7 @@ def start_from(network: nn.Module, init: str | Path | Sequence[str | Path]) -> s
 
 def at_home(name: str, own: Collection[str], index: int = 0) -> str:
     """Where a network with the tensors `own` has the tensor of that name: encoders are called trunk, of the network or
-    of a part of it. Of several encoders side by side the `index`th takes it, and the first gives it."""
+    of a part of it. Of several encoders side by side, number `index` takes it, and the first gives it."""
     if name in own or "trunk." not in name:
         return name
     ending = name.rpartition("trunk.")[2].removeprefix("nets.0.")

@@ -88,7 +88,7 @@ class Batch:
     occluded: Bool[Tensor, "b i j k"] | None = None
     voxels: Int64[Tensor, "b h w"] | None = None
     pixels: Int64[Tensor, "b i j k"] | None = None
-    taught: Float[Tensor, "b k _ _"] | None = None  # log-probabilities, told by `teachers`
+    taught: Float[Tensor, "b c _ _"] | None = None  # log-probabilities, told by `teachers`
 
     def __len__(self) -> int:
         return len(self.image)

@@ -15,7 +15,7 @@ from enfilade.verbs_data import (
     DataWeights,
 )
 from enfilade.verbs_finetune import Finetune
-from enfilade.verbs_model import Export, Info
+from enfilade.verbs_model import Combine, Export, Info
 from enfilade.verbs_predict import Demo, Predict, Refine
 from enfilade.verbs_serve import Serve
 from enfilade.verbs_train import Evaluate, Reproduce, Train
@@ -34,6 +34,7 @@ Verb = (
     | DataRegions
     | DataRender
     | DataVoxels
+    | Combine
     | Export
     | Refine
     | Complete
@@ -56,6 +57,7 @@ VERBS: dict[str, type[Verb]] = {
     "data regions": DataRegions,
     "data render": DataRender,
     "data voxels": DataVoxels,
+    "combine": Combine,
     "export": Export,
     "refine": Refine,
     "complete": Complete,

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Annotated
 
-from tyro.conf import arg
+from tyro.conf import Positional, arg
 
 from enfilade.errors import UserError
 from enfilade.options import Count, Device, Flag, MaybeCount, Model, Name, use_threads
@@ -55,6 +55,29 @@ class Info:
         use_threads()
         found = profile(*models, size=size, device=self.device, crf=self.crf)
         print(json.dumps(found, indent=1) if self.json else text(found))
+        return 0
+
+
+@dataclass(frozen=True)
+class Combine:
+    """Make one model file of several trained models, which answers as they do together.
+
+    It is loaded, served and exported as any other. All of its networks see an image at the size that the first was
+    trained at; a dense CRF at the end of one of them is left out, for --crf stands behind them all.
+    """
+
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="NAME|FILE|RUN [...]", help_behavior_hint="")]
+    """Two models or more, of the same labels."""
+    out: Annotated[str, arg(metavar="FILE")]
+    """The file to write."""
+    half: Flag = False
+    """Write 16-bit numbers, as the shipped models have them."""
+
+    def run(self) -> int:
+        from enfilade.combine import combine
+
+        path = combine(self.models, self.out, half=self.half)
+        print(f"{' and '.join(self.models)}: {path}, {path.stat().st_size / 1e6:.1f} MB")
         return 0
 
 
