@@ -6,6 +6,7 @@ Nothing here keeps a state, so a training that starts again in the middle of an 
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ class Augmented(Dataset):
     """A reader's samples, augmented as a pure function of (seed, stage, epoch, index); offline, of (seed, index), with
     `OFFLINE` indices to each sample. The samples of an `extra` reader follow them."""
 
-    def __init__(self, reader, recipe: Recipe, stage_index: int, extra=None):
+    def __init__(self, reader, recipe: Recipe, stage_index: int, extra: Any = None):
         stage = recipe.stages[stage_index]
         self.reader, self.extra, self.key = reader, extra, (recipe.seed, stage_index)
         self.augment = Augment(
