@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import enfilade
-from enfilade import checkpoint, export
+from enfilade import checkpoint, export, hub
 from enfilade.cli import main
 from enfilade.combine import combine
 from enfilade.errors import UserError
@@ -164,4 +164,6 @@ def test_the_one_that_ships_holds_what_its_card_says():
     assert not rest
     prediction = enfilade.load("gad-joint-nyuv2", flip=False).predict(photo(96, 128))
     assert prediction.space == "nyu40"
+    meta = checkpoint.read(path)[1]
+    assert hub.answers(meta) == ("image-segmentation", "semantic-segmentation", "depth-estimation")
     assert np.isfinite(prediction.depth).all()

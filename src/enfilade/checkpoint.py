@@ -35,6 +35,8 @@ MODELS: dict[str, str] = {
     "ensemble": "enfilade.models.ensemble:Ensemble",
 }
 
+COMPLETES = ("completion", "imenet")  # those that complete rooms
+
 SPARE = 4_000_000  # numbers that a constructor may make beyond four times those of its file
 
 # Models that ship inside the package.

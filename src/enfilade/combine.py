@@ -31,7 +31,7 @@ def combine(models: Sequence[str | Path], out: str | Path, *, half: bool = False
         raise UserError(f"two models or more make one, not {len(models)}: name another")
     loaded = [checkpoint.load(name) for name in models]
     for name, one in zip(models, loaded):
-        if one.meta["model"] in ("completion", "imenet"):
+        if one.meta["model"] in checkpoint.COMPLETES:
             raise UserError(f"{name} completes rooms, and such a model answers alone: leave it out")
     # a predictor complains of what cannot answer together
     first, *others = (Predictor(one.network, one.meta, device="cpu") for one in loaded)

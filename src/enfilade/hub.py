@@ -249,7 +249,9 @@ def config(meta: dict[str, Any], parameters: int) -> dict[str, Any]:
 def answers(meta: dict[str, Any]) -> tuple[str, ...]:
     """What a model of this header gives, in the hub's words; the first is what it is listed under."""
     model, arguments = meta["model"], meta["arguments"]
-    if model in ("completion", "imenet"):
+    if model == "ensemble":
+        return tuple(dict.fromkeys(answer for member in arguments["members"] for answer in answers(member)))
+    if model in checkpoint.COMPLETES:
         return ("image-to-3d", "semantic-scene-completion")
     if model == "rsn":
         return ("depth-estimation",)

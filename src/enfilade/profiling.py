@@ -300,7 +300,7 @@ def load_any(model: str | Path, device: str | torch.device | None, crf: bool) ->
     from enfilade.info import header
     from enfilade.predict import load
 
-    if header(checkpoint.resolve(model)).get("model") in ("completion", "imenet"):
+    if header(checkpoint.resolve(model)).get("model") in checkpoint.COMPLETES:
         if crf:
             raise UserError("a CRF refines the labels of pixels, and this model completes rooms: leave it out")
         return complete.load(model, device)

@@ -222,10 +222,10 @@ class Evaluate(Answering):
 
 def completes(model: str) -> bool:
     """Whether a model file is of a network that completes rooms."""
-    from enfilade.checkpoint import resolve
+    from enfilade.checkpoint import COMPLETES, resolve
     from enfilade.info import header
 
-    return header(resolve(model)).get("model") in ("completion", "imenet")
+    return header(resolve(model)).get("model") in COMPLETES
 
 
 @dataclass(frozen=True)
