@@ -231,3 +231,9 @@ def load(name: str | Path = "gad-nyuv2", device: str | torch.device = "cpu") -> 
     except RuntimeError as error:  # of a type that cannot become the model's
         raise UserError(f"the weights in {path} do not fit their model ({_reason(error)}): make it anew") from error
     return Loaded(network.float().eval().to(device), meta)
+
+
+def leave_out_crf(network: nn.Module) -> None:
+    """Take the dense CRF off a network that ends in one; others stay as they are."""
+    if hasattr(network, "crf"):
+        network.crf = None  # pyright: ignore[reportArgumentType]

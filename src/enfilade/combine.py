@@ -41,8 +41,9 @@ def combine(models: Sequence[str | Path], out: str | Path, *, half: bool = False
     members = []
     for one, predictor in zip(loaded, (first, *others)):
         arguments = dict(one.meta["arguments"])
-        if getattr(one.network, "crf", None) is not None:
-            arguments["crf"], one.network.crf = "none", None  # pyright: ignore
+        if "crf" in arguments:
+            arguments["crf"] = "none"
+            checkpoint.leave_out_crf(one.network)
         member = {"model": one.meta["model"], "arguments": arguments}
         if predictor.focal != first.focal:
             member["depth"] = first.focal / predictor.focal

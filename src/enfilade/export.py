@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from enfilade import export_check, export_int8, export_onnx, export_torch, images
-from enfilade.checkpoint import Loaded, load
+from enfilade.checkpoint import Loaded, leave_out_crf, load
 from enfilade.errors import UserError, unknown
 from enfilade.export_check import Difference, Latency
 from enfilade.export_graph import refuse
@@ -103,8 +103,8 @@ def export(
     if format == "onnx":
         need_packages(PACKAGES if check or int8 else PACKAGES[:2])
     loaded = copy.deepcopy(model) if isinstance(model, Loaded) else load(model)
-    if not crf and hasattr(loaded.network, "crf"):
-        loaded.network.crf = None  # pyright: ignore
+    if not crf:
+        leave_out_crf(loaded.network)
     refuse(loaded.network)
     out = writable(Path(out))
     predictor = Predictor(loaded.network, loaded.meta, device="cpu", flip=False, precision="fp32")

@@ -410,15 +410,16 @@ def load(
     names further models, whose answers are averaged with this one's. A network that is guided by labels or region
     support has the default model for its guide, or with `guidance` "truth" is given the truth with each image. Raises
     UserError, see `checkpoint.load`."""
+    from enfilade.checkpoint import leave_out_crf
     from enfilade.checkpoint import load as load_checkpoint
 
     augmentation = tta.Augmentation(flip, scales, window, overlap, resolution)  # complains before anything is read
     loaded = load_checkpoint(model)
     options: dict[str, Any] = augmentation.options() | {"precision": precision}
     members = [load(other, device, **options, guidance="truth") for other in also]
-    for network in (loaded.network, *(member.network for member in members)):
-        if crf and hasattr(network, "crf"):
-            network.crf = None  # pyright: ignore[reportArgumentType]  (labels that were smoothed twice lose small things)
+    if crf:  # labels that were smoothed twice lose small things
+        for network in (loaded.network, *(member.network for member in members)):
+            leave_out_crf(network)
     options |= {"crf": crf, "also": members}
     if guidance == "predicted" and {"labels", "support"} & set(getattr(loaded.network, "uses", ())):
         options["guide"] = load(device=device, flip=flip, precision=precision)
