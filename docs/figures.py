@@ -35,13 +35,13 @@ LETTER = 0.53  # mean width of a letter, in heights: a little more than that of 
 
 
 def crf(path: Path) -> None:
-    """Two rendered rooms: what the default model says, the same after the CRF, and the truth."""
+    """Two rendered rooms: what gad-nyuv2 says, the same after the CRF, and the truth."""
     import enfilade
     from enfilade import viz
     from enfilade.images import write_png
     from enfilade.labels import SPACES
 
-    plain, refined = enfilade.load(), enfilade.load(crf=True)
+    plain, refined = enfilade.load("gad-nyuv2"), enfilade.load("gad-nyuv2", crf=True)
     rows = []
     for seed in SEEDS:
         sample = enfilade.open_dataset("rooms", split="test", seed=seed, length=1)[0]

@@ -1,5 +1,6 @@
 """Several models in one file: the answer is that of all, by the definition, wherever the file is used."""
 
+import json
 import math
 
 import jaxtyping
@@ -15,6 +16,7 @@ from enfilade.cli import main
 from enfilade.combine import combine
 from enfilade.errors import UserError
 from enfilade.finetune import demand_teachable
+from enfilade.refine import CRF
 
 GAD = {"classes": 40, "encoder": "test_resnet", "weights": None, "bottleneck": 8, "widths": (8, 8), "embedding": 8}
 JOINT = {"classes": 40, "encoder": "mobilenetv2_035", "weights": None, "widths": (8,) * 5, "bins": 4, "crf": "rgb"}
@@ -84,6 +86,29 @@ def test_a_crf_stands_behind_them_all(models, tmp_path):
     assert not np.allclose(plain.confidence, refined.confidence, atol=1e-3)
 
 
+def test_a_file_says_whether_its_labels_are_refined(models, tmp_path):
+    says = combine(models, tmp_path / "says.safetensors", crf=True)
+    silent = combine(models, tmp_path / "silent.safetensors")
+
+    def answer(path, **options):
+        return enfilade.load(path, flip=False, **options).predict(photo()).confidence
+
+    refined, plain = answer(silent, crf=True), answer(silent)
+    assert not np.allclose(plain, refined, atol=1e-3)
+    np.testing.assert_array_equal(answer(says), refined)
+    np.testing.assert_array_equal(answer(says, crf=False), plain)
+    np.testing.assert_array_equal(answer(says, also=[silent]), answer(silent, also=[says], crf=True))
+    np.testing.assert_array_equal(answer(silent, also=[says]), answer(silent, also=[silent]))  # the first one says
+
+
+def test_a_header_answers_yes_or_no_to_the_crf(models, tmp_path):
+    path = combine(models, tmp_path / "both.safetensors", crf=True)
+    tensors, meta = checkpoint.read(path)
+    checkpoint.write(path, tensors, meta | {"crf": {"iterations": 10**9}})
+    with pytest.raises(UserError, match="header's 'crf' makes no sense"):
+        checkpoint.load(path)
+
+
 def test_what_is_combined_can_be_combined_again_in_16_bits(models, tmp_path):
     both = combine(models, tmp_path / "both.safetensors")
     three = combine([both, models[0]], tmp_path / "three.safetensors", half=True)
@@ -122,10 +147,11 @@ def test_a_file_of_members_reads_no_other_file(models, tmp_path):
 
 def test_on_the_command_line(models, tmp_path, capsys):
     out = tmp_path / "both.safetensors"
-    assert main(["combine", *models, "--out", str(out)]) == 0
+    assert main(["combine", *models, "--out", str(out), "--crf"]) == 0
     assert f"{out.stat().st_size / 1e6:.1f} MB" in capsys.readouterr().out
     assert main(["info", "--model", str(out), "--json"]) == 0
-    assert "gad and joint" in capsys.readouterr().out
+    told = json.loads(capsys.readouterr().out)["model"]
+    assert (told["recipe"], told["crf"]) == ("gad and joint", True)
 
 
 @pytest.mark.parametrize("which", ["alone", "space", "hha", "rooms", "out"])
@@ -149,6 +175,13 @@ def test_it_cannot_be_taught_classes_and_says_so(models, tmp_path):
     path = combine(models, tmp_path / "both.safetensors")
     with pytest.raises(UserError, match="is of kind ensemble and cannot be taught classes"):
         demand_teachable(checkpoint.load(path), path)
+
+
+def test_the_default_model_is_the_one_that_ships_with_its_crf():
+    default = enfilade.load()
+    assert default.meta["card"] == "gad-joint-nyuv2.md"
+    assert default.crf == CRF()
+    assert enfilade.load(crf=False).crf is None
 
 
 def test_the_one_that_ships_holds_what_its_card_says():

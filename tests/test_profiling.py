@@ -323,6 +323,7 @@ def test_the_verb_prints_a_table_or_json(model, capsys):
         (["--profile", "--size", "8x8"], "a photo to profile by has 32 to 8192 pixels a side, not 8x8"),
         (["--size", "64x48"], "belong to --profile"),
         (["--profile", "imenet-rooms", "--crf"], "this model completes rooms"),
+        (["--no-crf"], "belong to --profile"),
     ],
 )
 def test_bad_input_is_one_sentence(capsys, words, sentence):

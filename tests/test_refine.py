@@ -204,6 +204,11 @@ def test_evaluate_takes_the_crf(folder, capsys, monkeypatch):
 
     monkeypatch.setattr("enfilade.load", load)
     words = ["evaluate", "--data", "rooms", "--option", "length=1", "--option", "height=48", "--option", "width=64"]
-    assert main([*words, "--crf", "--json"]) == 0
-    assert seen["crf"] is True
-    assert json.loads(capsys.readouterr().out)["protocol"]["crf"].startswith("5 iterations of 4 x (xy 160")
+    for option, crf in ((["--no-crf"], False), ([], None), (["--crf"], True)):
+        assert main([*words, *option, "--json"]) == 0
+        assert seen["crf"] is crf
+        protocol = json.loads(capsys.readouterr().out)["protocol"]
+        assert ("crf" in protocol) is bool(crf)
+    assert protocol["crf"].startswith("5 iterations of 4 x (xy 160")
+    assert main([*words, "--crf", "--no-crf"]) == 2
+    assert "--crf and --no-crf exclude each other" in capsys.readouterr().err

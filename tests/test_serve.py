@@ -811,6 +811,9 @@ def test_the_verb_hands_its_options_on(monkeypatch):
     settings = found["settings"]
     assert (settings.models, settings.completion, settings.bytes, settings.pixels) == (("a", "b"), None, 3e6, 2e6)
     assert settings.patience == pytest.approx(0.007)
+    assert settings.crf is None
+    assert Serve(port=0, no_crf=True).run() == 0
+    assert found["settings"].crf is False
     assert (found["host"], found["port"]) == ("127.0.0.1", 0)
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     with pytest.raises(UserError, match="--port"):

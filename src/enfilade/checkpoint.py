@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from enfilade.errors import UserError, unknown
+from enfilade.shipped import DEFAULT, SHIPPED
 
 # What a model file may name. The module is imported when it is needed.
 MODELS: dict[str, str] = {
@@ -38,16 +39,6 @@ MODELS: dict[str, str] = {
 COMPLETES = ("completion", "imenet")  # those that complete rooms
 
 SPARE = 4_000_000  # numbers that a constructor may make beyond four times those of its file
-
-# Models that ship inside the package.
-SHIPPED: dict[str, str] = {
-    "gad-nyuv2": "weights/gad-nyuv2.safetensors",
-    "joint-nyuv2": "weights/joint-nyuv2.safetensors",
-    "gad-joint-nyuv2": "weights/gad-joint-nyuv2.safetensors",
-    "imenet-rooms": "weights/imenet-rooms.safetensors",
-    "sscnet-rooms": "weights/sscnet-rooms.safetensors",
-    "lrn-camvid": "weights/lrn-camvid.safetensors",
-}
 
 
 @dataclass(frozen=True)
@@ -171,6 +162,7 @@ def _check(meta: dict[str, Any], path: Path) -> None:
             ("size", isinstance(size, list) and len(size) == 2 and all(number(side) for side in size)),
             ("focal", meta.get("focal") is None or number(meta["focal"])),
             ("scale", meta.get("scale") is None or number(meta["scale"])),
+            ("crf", isinstance(meta.get("crf", False), bool)),
             ("ignored", isinstance(meta.get("ignored", []), list)),
         )
         if not well
@@ -200,7 +192,7 @@ def _at_most(limit: int, path: Path):
         hook.remove()
 
 
-def load(name: str | Path = "gad-nyuv2", device: str | torch.device = "cpu") -> Loaded:
+def load(name: str | Path = DEFAULT, device: str | torch.device = "cpu") -> Loaded:
     """Build the model that a file names and fill it, in fp32 and evaluation mode.
 
     Raises:

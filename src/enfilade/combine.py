@@ -17,11 +17,12 @@ from enfilade.predict import Predictor
 SHARED = ("space", "scale", "size", "focal", "ignored")  # of the first's header, for all
 
 
-def combine(models: Sequence[str | Path], out: str | Path, *, half: bool = False) -> Path:
+def combine(models: Sequence[str | Path], out: str | Path, *, half: bool = False, crf: bool = False) -> Path:
     """Write `models`, shipped ones, files or run folders, as one model that answers as they do together.
 
     The first says at which size they all see an image, and in whose camera's metres they answer. A dense CRF at the
-    end of one of them is left out: `crf=True` stands behind them all. `half` writes fp16.
+    end of one of them is left out. With `crf` the file says that one stands behind them all, unless `load` is told
+    otherwise. `half` writes fp16.
 
     Raises:
         UserError: fewer than two models, one that cannot be read, of another label space or with more input than RGB,
@@ -58,5 +59,7 @@ def combine(models: Sequence[str | Path], out: str | Path, *, half: bool = False
         meta["license"] = "; ".join(licences)
     if data := list(dict.fromkeys(name for one in loaded for name in one.meta.get("data", ()))):
         meta["data"] = data
+    if crf:
+        meta["crf"] = True
     checkpoint.save_model(Path(out), network, meta, half)
     return Path(out)

@@ -31,6 +31,7 @@ from enfilade.metrics_volume import CompletionScore
 from enfilade.ops import tsdf as encoding
 from enfilade.ops.decide import decide
 from enfilade.ops.voxels import VoxelGrid, pixel_voxels, place_grid
+from enfilade.shipped import COMPLETION
 from enfilade.types import IGNORE, LabelVolume, Output, Prediction, Sample, collate
 
 SPACE = "ssc12"
@@ -277,7 +278,7 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def load(model: str | Path = "sscnet-rooms", device: str | torch.device | None = None) -> Completer:
+def load(model: str | Path = COMPLETION, device: str | torch.device | None = None) -> Completer:
     """A completer from a shipped model's name, a model file or a run's folder. Raises UserError, see `checkpoint.load`,
     and for a model that completes nothing."""
     from enfilade.checkpoint import load as load_checkpoint
@@ -285,7 +286,7 @@ def load(model: str | Path = "sscnet-rooms", device: str | torch.device | None =
     loaded = load_checkpoint(model)
     if "tsdf" not in getattr(loaded.network, "uses", ()):
         raise UserError(
-            f"{model} completes no rooms: take sscnet-rooms, imenet-rooms, or a model trained by an imenet recipe"
+            f"{model} completes no rooms: take {COMPLETION}, imenet-rooms, or a model trained by an imenet recipe"
         )
     return Completer(loaded.network, loaded.meta, device=device)
 

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from enfilade import images, labels, viz
+from enfilade.shipped import DEFAULT
 from enfilade.types import IGNORE, Prediction, Sample
 
 
@@ -17,7 +18,7 @@ def demo(
     *,
     out: str | Path = "demo",
     seed: int = 12,
-    model: str | Path = "gad-nyuv2",
+    model: str | Path = DEFAULT,
     size: tuple[int, int] = (640, 480),
     say: Callable[[str], object] = print,
 ) -> list[str]:

@@ -107,7 +107,7 @@ def export(
         leave_out_crf(loaded.network)
     refuse(loaded.network)
     out = writable(Path(out))
-    predictor = Predictor(loaded.network, loaded.meta, device="cpu", flip=False, precision="fp32")
+    predictor = Predictor(loaded.network, loaded.meta, device="cpu", flip=False, precision="fp32", crf=False)
     height, width = map(int, size or predictor.meta["size"])
     feeds = export_int8.frames(predictor, photos) if int8 else ([], [])
 

@@ -31,6 +31,7 @@ from enfilade.evaluate import score
 from enfilade.images import make_folder, write_atomic, write_png
 from enfilade.labels import LabelSpace
 from enfilade.predict import DEFAULTS, Predictor
+from enfilade.shipped import START
 from enfilade.stages import Recipe, Stage
 from enfilade.train import train
 from enfilade.types import Prediction, Sample
@@ -48,7 +49,7 @@ def finetune(
     root: str | Path,
     *,
     out: str | Path,
-    model: str | Path = "gad-nyuv2",
+    model: str | Path = START,
     epochs: int | None = None,
     size: tuple[int, int] | None = None,
     batch: int = 8,
@@ -185,9 +186,7 @@ def demand_teachable(start: Loaded, model: str | Path) -> Loaded:
     kind = start.meta["model"]
     if kind not in TEACHABLE or getattr(start.network, "uses", ()):
         needs = "takes more than RGB" if kind in TEACHABLE else f"is of kind {kind}"
-        raise UserError(
-            f"{model} {needs} and cannot be taught classes: start from gad-nyuv2 or lrn-camvid, for example"
-        )
+        raise UserError(f"{model} {needs} and cannot be taught classes: start from {START} or lrn-camvid, for example")
     return Loaded(start.network, DEFAULTS | start.meta)
 
 

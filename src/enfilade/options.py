@@ -13,6 +13,7 @@ from tyro.conf import UseAppendAction, arg
 
 import enfilade
 from enfilade.errors import UserError
+from enfilade.shipped import DEFAULT
 
 File = Literal["labels", "depth", "colour", "spread", "overlay", "panel", "arrays", "points"]
 Kind = Literal[File, "ros"]  # with those that are written only where asked for
@@ -127,10 +128,26 @@ def complain(message: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answering:
+class Refining:
+    """Whether a dense CRF stands behind the model."""
+
+    crf: Flag = False
+    """Refine the labels by colours and depth (a dense CRF); the default model does."""
+    no_crf: Flag = False
+    """Leave out the dense CRF that the default model has: faster."""
+
+    def refines(self) -> bool | None:
+        """None for what the model's file says."""
+        if self.crf and self.no_crf:
+            raise UserError("--crf and --no-crf exclude each other: give one of them, or none")
+        return True if self.crf else False if self.no_crf else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answering(Refining):
     """Which model answers and how it sees the images: the options of `enfilade.load`."""
 
-    model: Model = "gad-nyuv2"
+    model: Model = DEFAULT
     """A shipped model, a model file, or the folder of a training run."""
     also: Annotated[tuple[str, ...], arg(metavar="MODEL [MODEL ...]", help_behavior_hint="")] = ()
     """Average the answers of these models too: better, in the time of all."""
@@ -148,10 +165,10 @@ class Answering:
     """cpu, cuda, cuda:1 ...; default: a GPU where there is one."""
     precision: Precision = "auto"
     """Of the network's arithmetic; auto is bf16 on a GPU."""
-    crf: Flag = False
-    """Refine the labels by colours and depth (a dense CRF)."""
 
     def predictor(self, **more: Any):
         """`enfilade.load` with these options and `more`."""
-        chosen = {f.name: getattr(self, f.name) for f in fields(Answering) if f.name != "model"}
+        chosen: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Answering) if f.name != "model"}
+        chosen["crf"] = self.refines()
+        del chosen["no_crf"]
         return enfilade.load(self.model, **chosen, **more)

@@ -30,6 +30,7 @@ from enfilade.errors import UserError
 from enfilade.hub import OnHub
 from enfilade.ops.decide import decide
 from enfilade.ops.regions import region_support
+from enfilade.shipped import DEFAULT, GUIDE
 from enfilade.types import Output, Prediction
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ MIN_SIDE = 32  # of the network's input, for images of extreme shape
 class Predictor(OnHub):
     """A network ready to predict. `meta` is its file's header (see `checkpoint`): "space", "size" (height, width of
     the input in training) and "focal" (pixels at that width), each with a default; and "scale" (source pixels to
-    network pixels in training), which resolution="source" needs.
+    network pixels in training), which resolution="source" needs; and "crf", whether its labels are refined.
 
     `flip` averages probabilities and depth over the image and its mirror image, at twice the time. `scales` are the
     factors of the training scale at which the network sees the image, to be averaged. `window` covers the image by
@@ -62,8 +63,9 @@ class Predictor(OnHub):
     `also` are further predictors of the same labels, of RGB alone. They see the same image, each at its own size, and
     answer together, each counting alike (`tta.together`): better than any of them, in the time of all.
 
-    `crf` refines the labels by colours and depth before they are chosen: True, or a `refine.CRF` with other settings.
-    It stands behind all networks that answer, and takes the place of one that a network ends in.
+    `crf` refines the labels by colours and depth before they are chosen: True, a `refine.CRF` with other settings, or
+    False; None does what `meta` says, which is no CRF where it says nothing. It stands behind all networks that answer,
+    and takes the place of one that a network ends in.
 
     A network that is guided by region support or by labels (RSN's refinement alone) is given them with each image, or
     takes them from `guide`, a predictor of both labels and depth.
@@ -84,7 +86,7 @@ class Predictor(OnHub):
         overlap: float = 0.5,
         resolution: tta.Resolution = "area",
         precision: Literal["fp32", "bf16", "auto"] = "auto",
-        crf: "bool | CRF" = False,
+        crf: "bool | CRF | None" = None,
         guide: "Predictor | None" = None,
         also: Sequence["Predictor"] = (),
     ):
@@ -95,7 +97,7 @@ class Predictor(OnHub):
         self.augmentation = tta.Augmentation(flip, scales, window, overlap, resolution)
         self.precision = precision
         self.crf, self.guide = None, guide
-        if crf:
+        if crf if crf is not None else self.meta.get("crf"):
             from enfilade.refine import CRF
 
             self.crf = crf if isinstance(crf, CRF) else CRF()
@@ -254,7 +256,7 @@ class Predictor(OnHub):
                 raise UserError(f"this model takes {PLANES[name][1]}")
             told = self.guide.predict(image.rgb, camera=camera)
             if told.labels is None or told.depth is None:
-                raise UserError("a guide answers with labels and depth, and this one lacks one of them: take gad-nyuv2")
+                raise UserError(f"a guide answers with labels and depth, and this one lacks one of them: take {GUIDE}")
             maps[name] = told.labels if name == "labels" else region_support(told.labels, told.depth)
         for name, value in maps.items():
             if value.shape[:2] != image.rgb.shape[:2]:
@@ -393,7 +395,7 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 
 def load(
-    model: str | Path = "gad-nyuv2",
+    model: str | Path = DEFAULT,
     device: str | torch.device | None = None,
     *,
     flip: bool = True,
@@ -402,13 +404,13 @@ def load(
     overlap: float = 0.5,
     resolution: tta.Resolution = "area",
     precision: Literal["fp32", "bf16", "auto"] = "auto",
-    crf: "bool | CRF" = False,
+    crf: "bool | CRF | None" = None,
     guidance: Literal["predicted", "truth"] = "predicted",
     also: Sequence[str | Path] = (),
 ) -> Predictor:
     """A predictor from a shipped model's name, a model file or a run's folder; for the options see `Predictor`. `also`
     names further models, whose answers are averaged with this one's. A network that is guided by labels or region
-    support has the default model for its guide, or with `guidance` "truth" is given the truth with each image. Raises
+    support has gad-nyuv2 for its guide, or with `guidance` "truth" is given the truth with each image. Raises
     UserError, see `checkpoint.load`."""
     from enfilade.checkpoint import leave_out_crf
     from enfilade.checkpoint import load as load_checkpoint
@@ -416,13 +418,14 @@ def load(
     augmentation = tta.Augmentation(flip, scales, window, overlap, resolution)  # complains before anything is read
     loaded = load_checkpoint(model)
     options: dict[str, Any] = augmentation.options() | {"precision": precision}
-    members = [load(other, device, **options, guidance="truth") for other in also]
+    members = [load(other, device, **options, crf=False, guidance="truth") for other in also]
+    crf = loaded.meta.get("crf", False) if crf is None else crf
     if crf:  # labels that were smoothed twice lose small things
         for network in (loaded.network, *(member.network for member in members)):
             leave_out_crf(network)
     options |= {"crf": crf, "also": members}
     if guidance == "predicted" and {"labels", "support"} & set(getattr(loaded.network, "uses", ())):
-        options["guide"] = load(device=device, flip=flip, precision=precision)
+        options["guide"] = load(GUIDE, device, flip=flip, precision=precision)
     return Predictor(loaded.network, loaded.meta, device=device, **options)
 
 
@@ -431,7 +434,7 @@ _loaded = lru_cache(maxsize=1)(load)
 
 def predict(
     source: images.Source,
-    model: str | Path = "gad-nyuv2",
+    model: str | Path = DEFAULT,
     *,
     camera: Camera | None = None,
     fov: float | None = None,
@@ -442,7 +445,7 @@ def predict(
     overlap: float = 0.5,
     resolution: tta.Resolution = "area",
     precision: Literal["fp32", "bf16", "auto"] = "auto",
-    crf: "bool | CRF" = False,
+    crf: "bool | CRF | None" = None,
 ) -> Prediction:
     """Predict on one image; see `Predictor`. The last model used is kept for the next call."""
     options = tta.Augmentation(flip, scales, window, overlap, resolution).options()

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from enfilade import images
 from enfilade.errors import UserError
+from enfilade.shipped import DEFAULT
 
 SEED = 12  # of the room
 QUALITY = 92  # of the JPEG
@@ -220,11 +221,11 @@ def completion_call(completer: Any, photo: Path, camera: Any, out: Path) -> Call
 
 
 def profile(
-    model: str | Path = "gad-nyuv2",
+    model: str | Path = DEFAULT,
     *,
     size: tuple[int, int] = (640, 480),
     device: str | torch.device | None = None,
-    crf: bool = False,
+    crf: bool | None = None,
     runs: int = 5,
 ) -> dict[str, Any]:
     """Time one prediction (of a completion model: one `complete`, depth estimated) on a rendered room.
@@ -232,7 +233,7 @@ def profile(
     Args:
         model: a shipped model, a model file, a run folder, or hf://user/name.
         size: width and height of the photo.
-        crf: refine the labels, as `enfilade.load(crf=True)` does.
+        crf: refine the labels, or do not; default: what the model's file says.
         runs: warm calls, of which the one of median time is told.
 
     Returns: plain types. "total" is a tree of {"name", "first_ms", "ms", "share" of the whole, "busy_ms" of all
@@ -280,7 +281,7 @@ def profile(
         "photo": [width, height],
         "input": [seen[1], seen[0]],
         "flip": augmentation is not None and augmentation.flip,
-        "crf": crf,
+        "crf": getattr(target, "crf", None) is not None,
         "precision": precision(target),
         "device": device_name(target.device),
         "threads": torch.get_num_threads(),
@@ -294,7 +295,7 @@ def profile(
     }
 
 
-def load_any(model: str | Path, device: str | torch.device | None, crf: bool) -> Any:
+def load_any(model: str | Path, device: str | torch.device | None, crf: bool | None) -> Any:
     """A predictor, or of a network that completes rooms, a completer."""
     from enfilade import checkpoint, complete
     from enfilade.info import header

@@ -1,4 +1,4 @@
-"""GAD: the published run, the rows of its Tables 4 and 5, the default model and its peer."""
+"""GAD: the published run, the rows of its Tables 4 and 5, the models that ship and their peer."""
 
 from dataclasses import replace
 
@@ -88,7 +88,7 @@ def gad_semi(percent: int, weights: str | None = None) -> Recipe:
 
 
 def gad_nyuv2(weights: str | None = None) -> Recipe:
-    """The default model (`enfilade.load()`): GAD with MobileNetV2, sized to ship in the package.
+    """The shipped model `enfilade.load("gad-nyuv2")`: GAD with MobileNetV2, sized to ship in the package.
 
     # Differs from paper: cross-entropy with softened class weights (focal without them scores lower at this size),
     scale-invariant and gradient terms beside berHu, AdamW with one cycle, a moving average of the weights, zoom, and
@@ -148,7 +148,7 @@ def gad_nyuv2(weights: str | None = None) -> Recipe:
 
 
 def gad_after_rooms(weights: str | None = None) -> Recipe:
-    """The default model with a wider view before its decoders, averages into SPF, and rooms before photos (`--init`
+    """gad-nyuv2 with a wider view before its decoders, averages into SPF, and rooms before photos (`--init`
     from `gad_rooms`), at 352x256 throughout: seven tenths of the pixels. Nearer in depth than the shipped model, not
     better in labels."""
     recipe = gad_nyuv2(weights)
@@ -178,8 +178,8 @@ def gad_rooms(weights: str | None = None) -> Recipe:
 
 
 def gad_slim(weights: str | None = None) -> Recipe:
-    """The GAD in `gad-joint-nyuv2`: decoders of a third of the size over the encoder of gad-nyuv2 (`--init gad-nyuv2`),
-    which stands still while they learn to answer as the whole network does."""
+    """The GAD in the default model, `gad-joint-nyuv2`: decoders of a third of the size over the encoder of gad-nyuv2
+    (`--init gad-nyuv2`), which stands still while they learn to answer as the whole network does."""
     recipe = gad_nyuv2(weights)
     heads = replace(
         recipe.stages[1],
@@ -200,7 +200,7 @@ def gad_slim(weights: str | None = None) -> Recipe:
 
 
 def fpn_peer(weights: str | None = None) -> Recipe:
-    """The peer of the default model: segmentation_models_pytorch's FPN, same encoder and data, 20 epochs of batch 8
+    """The peer of gad-nyuv2: segmentation_models_pytorch's FPN, same encoder and data, 20 epochs of batch 8
     at 320x256, bf16, cross-entropy, random crop and flip, AdamW with one cycle."""
     stage = Stage(
         name="semantic",

@@ -158,7 +158,7 @@ def rsn_row(name: str, weights: str | None = None) -> Recipe:
 
 
 def rsn_nyuv2(weights: str | None = None) -> Recipe:
-    """RSN with MobileNetV2, sized to ship in the package (it does not: the default model measures better still); it
+    """RSN with MobileNetV2, sized to ship in the package (it does not: gad-nyuv2 measures better still); it
     starts from that model's encoder (`enfilade train rsn-nyuv2 --init gad-nyuv2`).
 
     # Differs from paper: as `rsn_row`; both modules learn together after the generation's pre-training; absolute log

@@ -1,6 +1,6 @@
 """The dense CRF after any network: sharper label maps from probabilities, the photo and, where there is one, depth.
 
-    enfilade.load(crf=True).predict("photo.jpg")            # after a model of ours
+    enfilade.load("runs/mine", crf=True).predict("photo.jpg")    # after a model of ours; the default one has it on
     enfilade refine --labels-prob p.npy --image photo.jpg --depth photo.depth.png        # after anyone's
 
 The kernels are those of Mousavian et al., Eq. (7): colour and place, estimated depth and place, place alone. Theirs are
@@ -32,7 +32,7 @@ class CRF:
     """Kernels, in pixels of a 640x480 image (they grow with the square root of an image's area), colours of 0..255 and
     metres; a weight for each; iterations of mean field. Kernels that compare depth are left out where there is none.
 
-    The defaults were chosen on 29 validation frames of NYUv2 for the default model (docs/experiments.md)."""
+    The defaults were chosen on 29 validation frames of NYUv2 for gad-nyuv2 (docs/experiments.md)."""
 
     kernels: tuple[Kernel, ...] = (Kernel(xy=160.0, rgb=8.0), Kernel(xy=100.0, depth=0.2), Kernel(xy=3.0))
     weights: tuple[float, ...] = (4.0, 1.0, 1.0)

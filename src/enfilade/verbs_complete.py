@@ -9,6 +9,7 @@ from tyro.conf import Positional, arg
 
 from enfilade.errors import UserError
 from enfilade.options import Device, Flag, Folder, MaybeFile, MaybeNumber, Model, camera_of, read_camera, use_threads
+from enfilade.shipped import COMPLETION
 
 Output = Literal["arrays", "mesh", "page"]
 
@@ -29,7 +30,7 @@ class Complete:
     """Metres per stored unit of the depth map."""
     out: Folder = "out"
     """Folder for IMAGE.room.npz, .room.ply and .room.html."""
-    model: Model = "sscnet-rooms"
+    model: Model = COMPLETION
     """A shipped completion model, a model file, or the folder of a training run."""
     camera: MaybeFile = None
     """JSON file with {"fx", "fy", "cx", "cy"}."""

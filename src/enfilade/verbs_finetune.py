@@ -8,6 +8,7 @@ from tyro.conf import Positional, arg
 
 from enfilade.errors import UserError
 from enfilade.options import Count, Flag, Folder, MaybeCount, MaybeFile, Model, Precision, positive, use_threads
+from enfilade.shipped import START
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Finetune:
     """Images, label PNGs and a class list."""
     out: Folder
     """Run folder: model.safetensors, report.txt, report.json, confusion.png, comparison.png, and the training."""
-    model: Model = "gad-nyuv2"
+    model: Model = START
     """What to start from: a shipped model, a model file, or the folder of a training run."""
     epochs: MaybeCount = None
     """Passes over the images; default: 60 for 100 images or fewer, 6 for 1000 or more."""

@@ -7,11 +7,12 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from enfilade.errors import UserError
-from enfilade.options import Count, Device, Flag, MaybeCount, Model, Name, use_threads
+from enfilade.options import Count, Device, Flag, MaybeCount, Model, Name, Refining, use_threads
+from enfilade.shipped import DEFAULT
 
 
 @dataclass(frozen=True)
-class Info:
+class Info(Refining):
     """Say what is installed and on which machine; list models, recipes, tables and data sets."""
 
     model: Annotated[str | None, arg(metavar="NAME|FILE|RUN", help_behavior_hint="")] = None
@@ -20,8 +21,6 @@ class Info:
     """Predict on a rendered room with this model, or the default one, and say where the time goes."""
     size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint="")] = None
     """With --profile: the room's size; default: 640x480."""
-    crf: Flag = False
-    """With --profile: refine the labels by a dense CRF."""
     device: Device = None
     """With --profile: cpu, cuda, cuda:1 ...; default: a GPU where there is one."""
     json: Flag = False
@@ -32,8 +31,8 @@ class Info:
 
         if self.profile is not None:
             return self._profile()
-        if self.size is not None or self.crf or self.device is not None:
-            raise UserError("--size, --crf and --device belong to --profile: name it too")
+        if self.size is not None or self.crf or self.no_crf or self.device is not None:
+            raise UserError("--size, --crf, --no-crf and --device belong to --profile: name it too")
         if self.model is None:
             use_threads()
         found = info(self.model)
@@ -53,7 +52,7 @@ class Info:
         from enfilade.profiling import profile, text
 
         use_threads()
-        found = profile(*models, size=size, device=self.device, crf=self.crf)
+        found = profile(*models, size=size, device=self.device, crf=self.refines())
         print(json.dumps(found, indent=1) if self.json else text(found))
         return 0
 
@@ -63,7 +62,7 @@ class Combine:
     """Make one model file of several trained models, which answers as they do together.
 
     It is loaded, served and exported as any other. All of its networks see an image at the size that the first was
-    trained at; a dense CRF at the end of one of them is left out, for --crf stands behind them all.
+    trained at; a dense CRF at the end of one of them is left out, for one can stand behind them all.
     """
 
     models: Annotated[Positional[tuple[str, ...]], arg(metavar="NAME|FILE|RUN [...]", help_behavior_hint="")]
@@ -72,11 +71,13 @@ class Combine:
     """The file to write."""
     half: Flag = False
     """Write 16-bit numbers, as the shipped models have them."""
+    crf: Flag = False
+    """Refine what they answer by a dense CRF wherever the file is loaded, unless that says --no-crf."""
 
     def run(self) -> int:
         from enfilade.combine import combine
 
-        path = combine(self.models, self.out, half=self.half)
+        path = combine(self.models, self.out, half=self.half, crf=self.crf)
         print(f"{' and '.join(self.models)}: {path}, {path.stat().st_size / 1e6:.1f} MB")
         return 0
 
@@ -87,7 +88,7 @@ class Export:
 
     out: Annotated[str, arg(metavar="FILE")]
     """The file to write."""
-    model: Model = "gad-nyuv2"
+    model: Model = DEFAULT
     """A shipped model, a model file, or the folder of a training run."""
     format: Name = "onnx"
     """Of the file: onnx, or torch for an archive that torch alone loads (.pt2)."""

@@ -29,6 +29,7 @@ from enfilade.options import (
     read_camera,
     use_threads,
 )
+from enfilade.shipped import DEFAULT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +245,7 @@ class Demo:
     """Folder for the results."""
     seed: Count = 12
     """Another room for another seed."""
-    model: Model = "gad-nyuv2"
+    model: Model = DEFAULT
     """A shipped model, a model file, or the folder of a training run."""
 
     def run(self) -> int:

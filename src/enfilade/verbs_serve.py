@@ -8,14 +8,14 @@ from typing import Annotated
 from tyro.conf import arg
 
 from enfilade.errors import UserError
-from enfilade.options import Count, Device, Flag, MaybeCount, Name, Precision, positive
+from enfilade.options import Count, Device, Flag, MaybeCount, Name, Precision, Refining, positive
+from enfilade.shipped import COMPLETION, DEFAULT, SHIPPED
 
 NEEDED = ("fastapi", "uvicorn", "python_multipart")
-COMPLETION = "sscnet-rooms"
 
 
 @dataclass(frozen=True)
-class Serve:
+class Serve(Refining):
     """Serve predict and complete over HTTP, with a page to try them in a browser.
 
     Whoever reaches the port may use it, so it listens to this machine alone unless --host says otherwise. Ctrl-C or
@@ -26,7 +26,7 @@ class Serve:
     """Address to listen at; 0.0.0.0 for all of this machine."""
     port: Count = 8000
     """Port to listen at; 0 for any that is free."""
-    models: Annotated[tuple[str, ...], arg(metavar="NAME|FILE|RUN [...]")] = ("gad-nyuv2",)
+    models: Annotated[tuple[str, ...], arg(metavar="NAME|FILE|RUN [...]")] = (DEFAULT,)
     """Models to choose among, the first the default; requests can name no others."""
     completion: Annotated[str | None, arg(metavar="NAME|FILE|RUN|none", help_behavior_hint="")] = None
     """Model that completes rooms; default: sscnet-rooms where it is installed; none for no completion."""
@@ -70,6 +70,7 @@ class Serve:
             device=self.device,
             precision=self.precision,
             flip=self.flip,
+            crf=self.refines(),
             threads=self.threads,
             waiting=self.waiting,
             batch=self.batch,
@@ -91,6 +92,6 @@ class Serve:
     def _completion(self) -> str | None:
         if self.completion is not None:
             return None if self.completion == "none" else self.completion
-        from enfilade.checkpoint import SHIPPED, resolve
+        from enfilade.checkpoint import resolve
 
         return COMPLETION if COMPLETION in SHIPPED and resolve(COMPLETION).is_file() else None

@@ -131,7 +131,7 @@ class Evaluate(Answering):
     limit: MaybeCount = None
     """Score only the first N samples."""
     guidance: Literal["truth", "predicted"] = "truth"
-    """What guides a model that needs labels or region support: the data's own, or the default model's answer."""
+    """What guides a model that needs labels or region support: the data's own, or the answer of gad-nyuv2."""
     given: tuple[Literal["support"], ...] = ()
     """Tell the model the true region support of each frame in place of the one it generates."""
     convention: Literal["torchssc", "sscnet", "image"] = "torchssc"

@@ -27,12 +27,12 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 import enfilade
 from enfilade import images, labels, viz
 from enfilade.camera import Camera
-from enfilade.checkpoint import SHIPPED
 from enfilade.errors import UserError, unknown
 from enfilade.options import use_threads
 from enfilade.serve.limits import BodyLimit, Intrinsics, Settings, demand_size, read_depth, read_image
 from enfilade.serve.metrics import TYPE, Metrics, Watch
 from enfilade.serve.worker import Full, Job, Worker
+from enfilade.shipped import DEFAULT, SHIPPED
 from enfilade.types import Prediction
 
 STATIC = Path(__file__).parent / "static"
@@ -104,7 +104,7 @@ def load_models(settings: Settings) -> tuple[dict[str, Any], Any]:
         name = called(model)
         if name in predictors:
             raise UserError(f"two models are called {name!r}: rename a file or a folder")
-        options: dict[str, Any] = {"flip": settings.flip, "precision": settings.precision}
+        options: dict[str, Any] = {"flip": settings.flip, "precision": settings.precision, "crf": settings.crf}
         predictors[name] = predictor = load(model, settings.device, **options)
         if "hha" not in getattr(predictor.network, "uses", ()):  # the first run compiles: no visitor should wait for it
             height, width = predictor.meta["size"]
@@ -215,7 +215,7 @@ def create_app(settings: Settings, *, predictors: Mapping[str, Any] | None = Non
         predictors, completer = load_models(settings)
     served, default = dict(predictors), next(iter(predictors))
     completion = called(settings.completion or "completion") if completer is not None else None
-    estimator = served.get("gad-nyuv2", served[default])
+    estimator = served.get(DEFAULT, served[default])
     pool = ThreadPoolExecutor(2, thread_name_prefix="pictures")
     metrics = Metrics()
     worker = Worker(

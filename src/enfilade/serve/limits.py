@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from enfilade import images
 from enfilade.camera import Camera
 from enfilade.errors import UserError
+from enfilade.shipped import DEFAULT
 
 NAME = "photo"  # of every image: the file name that a browser sends is not looked at
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -35,16 +36,18 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 class Settings:
     """What the service serves, and its limits. Sizes are per request.
 
-    `models` are shipped names, model files or run folders, the first the default; no other is ever loaded. `waiting`
-    requests may wait for the network, which takes up to `batch` of one kind together and waits `patience` seconds for
-    them. `timeout` seconds after a request's body has come, and again after it was read, the service gives up.
+    `models` are shipped names, model files or run folders, the first the default; no other is ever loaded. `crf`
+    refines the labels of all or none of them; without it each does as its file says. `waiting` requests may wait for
+    the network, which takes up to `batch` of one kind together and waits `patience` seconds for them. `timeout` seconds
+    after a request's body has come, and again after it was read, the service gives up.
     """
 
-    models: tuple[str, ...] = ("gad-nyuv2",)
+    models: tuple[str, ...] = (DEFAULT,)
     completion: str | None = None
     device: str | None = None
     precision: str = "auto"
     flip: bool = True
+    crf: bool | None = None
     threads: int | None = None
     waiting: int = 8
     batch: int = 4
