@@ -485,6 +485,7 @@ def test_info(capsys):
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in ("torch", "gad-nyuv2", "gad-table4", "rooms", "cores"))
+    assert [line.split()[0] for line in text.splitlines() if line.endswith("the default")] == ["gad-joint-nyuv2"]
     assert main(["info", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert {r["name"] for r in told["recipes"]} == set(recipes.RECIPES)

@@ -242,6 +242,11 @@ def test_shipped_models_have_their_own_words():
         assert own is None or own in card_of(meta).text
 
 
+def test_the_card_says_that_labels_are_refined():
+    assert "dense CRF" not in card_of(META).text
+    assert "dense CRF of the photo's colours" in card_of(META | {"crf": True}).text
+
+
 def test_an_example_is_shown(tmp_path, network, photo):
     shown = Prediction(image=photo, labels=np.zeros((48, 64), np.uint8), space="nyu40")
     written = hub.save(tmp_path, network, META, example=shown)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from enfilade import images, labels, outputs, predict, predict_files, viz
+from enfilade import checkpoint, images, labels, outputs, predict, predict_files, viz
 from enfilade.camera import Camera
 from enfilade.errors import UserError
 from enfilade.ops.decide import decide, decide_reference
@@ -481,7 +481,7 @@ def test_load_and_predict_by_name(monkeypatch, tmp_path):
         asked.append(name)
         return types.SimpleNamespace(network=Stub(), meta=META)
 
-    monkeypatch.setitem(sys.modules, "enfilade.checkpoint", types.SimpleNamespace(load=load))
+    monkeypatch.setattr(checkpoint, "load", load)
     predict._loaded.cache_clear()
     a = predict.load("mine", "cpu").predict(photo())
     b = predict.predict(photo(), "mine", device="cpu", fov=60.0)

@@ -15,7 +15,7 @@ from enfilade.errors import UserError
 from enfilade.ops.crf import Kernel
 from enfilade.ops.crf import refine as refine_reference
 from enfilade.predict import Predictor
-from enfilade.refine import CRF, read_depth, read_probabilities, refine_files
+from enfilade.refine import CRF, MEASURED, read_depth, read_probabilities, refine_files
 from enfilade.types import Output
 from enfilade.verbs_predict import Refine
 
@@ -92,14 +92,15 @@ def test_it_is_the_crf_of_ops_at_the_photos_size():
 
 def test_nothing_to_weigh_changes_nothing():
     probabilities, image = noisy(size=(H, W)).softmax(1), torch.rand(1, 3, H, W)
-    for crf in (CRF(weights=(0.0, 0.0, 0.0)), CRF(iterations=0)):
+    for crf in (CRF(weights=(0.0, 0.0)), CRF(iterations=0)):
         torch.testing.assert_close(crf(probabilities, image), probabilities, atol=1e-5, rtol=1e-4)
 
 
 def test_the_command_line_has_the_same_defaults():
     """They stand in both places, because the command line must not import torch to show its help."""
-    words, crf = Refine("p.npy", "photo.jpg"), CRF()
+    words, crf = Refine("p.npy", "photo.jpg"), MEASURED
     colour, depth, place = crf.kernels
+    assert CRF() == CRF((colour, place), (crf.weights[0], crf.weights[2]))  # the same where there is no depth
     assert words.xy == (colour.xy, depth.xy, place.xy)
     assert (words.rgb, words.metres) == (colour.rgb, depth.depth)
     assert (words.weights, words.iterations) == (crf.weights, crf.iterations)
@@ -190,7 +191,7 @@ def test_bad_files_get_one_sentence(folder, capsys):
         refine_files(folder / "p.npy", folder / "room.png", folder / "out", depth=folder / "empty.png")
     assert main(["refine", "--labels-prob", str(folder / "none.npy"), "--image", str(folder / "room.png")]) == 2
     assert "no probabilities at" in capsys.readouterr().err
-    with pytest.raises(UserError, match="3 kernels take as many weights"):
+    with pytest.raises(UserError, match="2 kernels take as many weights"):
         CRF(weights=(1.0,))
 
 
@@ -209,6 +210,6 @@ def test_evaluate_takes_the_crf(folder, capsys, monkeypatch):
         assert seen["crf"] is crf
         protocol = json.loads(capsys.readouterr().out)["protocol"]
         assert ("crf" in protocol) is bool(crf)
-    assert protocol["crf"].startswith("5 iterations of 4 x (xy 160")
+    assert protocol["crf"].startswith("5 iterations of 4 x (xy 80, rgb 8) + ")
     assert main([*words, "--crf", "--no-crf"]) == 2
     assert "--crf and --no-crf exclude each other" in capsys.readouterr().err

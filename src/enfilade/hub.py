@@ -357,6 +357,8 @@ def facts(meta: dict[str, Any]) -> dict[str, str]:
         found["Depth"] = f"metres for a focal length of {meta['focal']:.1f} pixels at that input"
     space = labels.get(meta.get("space", "nyu40"))
     found["Labels"] = f"{space.name}: {', '.join(space.names)}"
+    if meta.get("crf"):
+        found["Refined by"] = "a dense CRF of the photo's colours, unless `crf=False`"
     if ignored := meta.get("ignored"):
         found["Never trained"] = ", ".join(space.names[int(k)] for k in ignored)
     return {k: v for k, v in found.items() if v}

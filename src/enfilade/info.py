@@ -11,6 +11,7 @@ from typing import Any
 import enfilade
 from enfilade import recipes
 from enfilade.errors import UserError
+from enfilade.shipped import DEFAULT
 
 LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "safetensors", "numpy", "numba", "opencv-python-headless")
 
@@ -125,7 +126,8 @@ def text(found: dict[str, Any]) -> str:
 def _model(model: dict[str, Any], everything: bool = False) -> list[str]:
     scores = model.get("scores") or {}
     told = "  ".join(f"{k} {v:.4g}" for k, v in scores.items() if isinstance(v, int | float))
-    lines = [f"  {model['name']:<24}{model.get('model')}, labels {model.get('space')}, {model['megabytes']:.1f} MB"]
+    kind = f"{model.get('model')}, labels {model.get('space')}, {model['megabytes']:.1f} MB"
+    lines = [f"  {model['name']:<24}{kind}{', the default' if model['name'] == DEFAULT else ''}"]
     lines += [f"    scores  {told}"] if told else []
     if everything:
         rest = {k: v for k, v in model.items() if k not in ("name", "model", "space", "megabytes", "scores")}

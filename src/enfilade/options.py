@@ -132,7 +132,7 @@ class Refining:
     """Whether a dense CRF stands behind the model."""
 
     crf: Flag = False
-    """Refine the labels by colours and depth (a dense CRF); the default model does."""
+    """Refine the labels by the photo's colours (a dense CRF); the default model does."""
     no_crf: Flag = False
     """Leave out the dense CRF that the default model has: faster."""
 

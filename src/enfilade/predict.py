@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor, nn
 
-from enfilade import images, labels, tta
+from enfilade import checkpoint, images, labels, tta
 from enfilade.camera import Camera
 from enfilade.errors import UserError
 from enfilade.hub import OnHub
@@ -63,7 +63,7 @@ class Predictor(OnHub):
     `also` are further predictors of the same labels, of RGB alone. They see the same image, each at its own size, and
     answer together, each counting alike (`tta.together`): better than any of them, in the time of all.
 
-    `crf` refines the labels by colours and depth before they are chosen: True, a `refine.CRF` with other settings, or
+    `crf` refines the labels by the photo's colours before they are chosen: True, a `refine.CRF` with other settings, or
     False; None does what `meta` says, which is no CRF where it says nothing. It stands behind all networks that answer,
     and takes the place of one that a network ends in.
 
@@ -412,17 +412,14 @@ def load(
     names further models, whose answers are averaged with this one's. A network that is guided by labels or region
     support has gad-nyuv2 for its guide, or with `guidance` "truth" is given the truth with each image. Raises
     UserError, see `checkpoint.load`."""
-    from enfilade.checkpoint import leave_out_crf
-    from enfilade.checkpoint import load as load_checkpoint
-
     augmentation = tta.Augmentation(flip, scales, window, overlap, resolution)  # complains before anything is read
-    loaded = load_checkpoint(model)
+    loaded = checkpoint.load(model)
     options: dict[str, Any] = augmentation.options() | {"precision": precision}
     members = [load(other, device, **options, crf=False, guidance="truth") for other in also]
     crf = loaded.meta.get("crf", False) if crf is None else crf
     if crf:  # labels that were smoothed twice lose small things
         for network in (loaded.network, *(member.network for member in members)):
-            leave_out_crf(network)
+            checkpoint.leave_out_crf(network)
     options |= {"crf": crf, "also": members}
     if guidance == "predicted" and {"labels", "support"} & set(getattr(loaded.network, "uses", ())):
         options["guide"] = load(GUIDE, device, flip=flip, precision=precision)

@@ -1,4 +1,4 @@
-"""The dense CRF after any network: sharper label maps from probabilities, the photo and, where there is one, depth.
+"""The dense CRF after any network: sharper label maps from probabilities, the photo and, where it was measured, depth.
 
     enfilade.load("runs/mine", crf=True).predict("photo.jpg")    # after a model of ours; the default one has it on
     enfilade refine --labels-prob p.npy --image photo.jpg --depth photo.depth.png        # after anyone's
@@ -32,10 +32,11 @@ class CRF:
     """Kernels, in pixels of a 640x480 image (they grow with the square root of an image's area), colours of 0..255 and
     metres; a weight for each; iterations of mean field. Kernels that compare depth are left out where there is none.
 
-    The defaults were chosen on 29 validation frames of NYUv2 for gad-nyuv2 (docs/experiments.md)."""
+    The defaults were chosen on 29 validation frames of NYUv2 for the default model (docs/experiments.md). They compare
+    no depths: what a network tells of depth from the photo's colours adds nothing to them. `MEASURED` does."""
 
-    kernels: tuple[Kernel, ...] = (Kernel(xy=160.0, rgb=8.0), Kernel(xy=100.0, depth=0.2), Kernel(xy=3.0))
-    weights: tuple[float, ...] = (4.0, 1.0, 1.0)
+    kernels: tuple[Kernel, ...] = (Kernel(xy=80.0, rgb=8.0), Kernel(xy=3.0))
+    weights: tuple[float, ...] = (4.0, 1.0)
     iterations: int = 5
 
     def __post_init__(self):
@@ -75,6 +76,10 @@ class CRF:
             theta = {"xy": kernel.xy, "rgb": kernel.rgb, "depth": kernel.depth}
             kernels.append(f"{weight:g} x (" + ", ".join(f"{k} {v:g}" for k, v in theta.items() if v is not None) + ")")
         return f"{self.iterations} iterations of " + " + ".join(kernels)
+
+
+# For depth that a camera has measured
+MEASURED = CRF((Kernel(xy=80.0, rgb=8.0), Kernel(xy=100.0, depth=0.2), Kernel(xy=3.0)), (4.0, 1.0, 1.0))
 
 
 def read_probabilities(path: str | Path, classes: int | None = None) -> Float32[np.ndarray, "k h w"]:
@@ -125,7 +130,7 @@ def refine_files(
 ) -> list[str]:
     """Refine one image's probabilities and write `<image>.labels.png`, `<image>.overlay.png` and `<image>.npz` (labels,
     confidence, probabilities) to the folder `out`; returns their paths. `depth` is a 16-bit PNG in millimetres, 0
-    unknown, as `predict` writes it.
+    unknown, as `predict` writes it; the default CRF is then `MEASURED`.
 
     Raises:
         UserError: what cannot be read, or does not fit together.
@@ -134,7 +139,8 @@ def refine_files(
     scores = read_probabilities(probabilities, None if space is None else len(space))
     metres = None if depth is None else torch.from_numpy(read_depth(depth, photo.rgb.shape[:2]))[None]
     rgb = torch.from_numpy(np.ascontiguousarray(photo.rgb.transpose(2, 0, 1)))[None]
-    refined = (crf or CRF())(torch.from_numpy(scores)[None], rgb, metres)[0].numpy()
+    crf = crf or (CRF() if metres is None else MEASURED)
+    refined = crf(torch.from_numpy(scores)[None], rgb, metres)[0].numpy()
     labels, confidence = refined.argmax(0).astype(np.uint8), refined.max(0)
     folder, stem = images.make_folder(out), Path(image).stem
     written = []

@@ -212,7 +212,7 @@ class Refine:
     """Of mean field."""
     weights: Annotated[tuple[float, float, float], arg(metavar="W W W")] = (4.0, 1.0, 1.0)
     """Of the kernels: colour and place, depth and place, place alone."""
-    xy: Annotated[tuple[float, float, float], arg(metavar="PX PX PX")] = (160.0, 100.0, 3.0)
+    xy: Annotated[tuple[float, float, float], arg(metavar="PX PX PX")] = (80.0, 100.0, 3.0)
     """Their widths in pixels of a 640x480 image."""
     rgb: Annotated[float, arg(metavar="LEVELS")] = 8.0
     """Width of the first in colours of 0 to 255."""
