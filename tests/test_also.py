@@ -159,9 +159,11 @@ def test_on_the_command_line(capsys, tmp_path, monkeypatch):
     scored = ["evaluate", "--data", "rooms", "--option", "length=1", "--model", models[0], "--also", models[1]]
     assert main([*scored, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["protocol"]["also"]) == 1
-    rooms = ["evaluate", "--data", "rooms", "--option", "length=1", "--model", "sscnet-rooms", "--also", models[0]]
-    assert main(rooms) == 2
+    rooms = ["evaluate", "--data", "rooms", "--option", "length=1", "--model", "sscnet-rooms"]
+    assert main([*rooms, "--also", models[0]]) == 2
     assert "answers alone: leave --also out" in capsys.readouterr().err
+    assert main([*rooms, "--crf"]) == 2
+    assert "sscnet-rooms completes rooms: leave --crf out" in capsys.readouterr().err
     assert main([*words, "--also", str(tmp_path / "none.safetensors")]) == 2
     assert "none.safetensors" in capsys.readouterr().err
 

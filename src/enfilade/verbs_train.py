@@ -201,6 +201,8 @@ class Evaluate(Answering):
         positive("--iterations", self.iterations)
         if self.also:
             raise UserError(f"{self.model} completes rooms, and such a model answers alone: leave --also out")
+        if self.crf:
+            raise UserError(f"a CRF refines the labels of pixels, and {self.model} completes rooms: leave --crf out")
         loaded = load(self.model)
         result = score(
             loaded.network,
