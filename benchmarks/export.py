@@ -46,6 +46,7 @@ class System(NamedTuple):
 
 
 SYSTEMS = {
+    "gad-joint-nyuv2": System("`gad-joint-nyuv2` (the default), no CRF", "gad-joint-nyuv2"),
     "gad-nyuv2": System("`gad-nyuv2`", "gad-nyuv2"),
     "lrn-camvid": System("`lrn-camvid`", "lrn-camvid"),
     "joint-nyuv2": System("`joint-nyuv2`, no CRF", "joint-nyuv2"),
