@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 import enfilade
-from enfilade.labels import get
-from enfilade.metrics import CROPS, SegmentationScore
+from enfilade.metrics import SegmentationScore
 from enfilade.ops.crf import Kernel
 from enfilade.ops.decide import decide
 from enfilade.refine import CRF, MEASURED
@@ -68,13 +67,21 @@ def answers(model: str, reader) -> list[tuple]:
     return found
 
 
-def score(crf: CRF | None, frames: list[tuple], reader) -> dict:
-    scores, window = SegmentationScore(get("nyu40").names, reader.ignored), CROPS["nyu"]
+def score(crf: CRF | None, frames: list[tuple], reader) -> SegmentationScore:
+    scores, window = SegmentationScore(reader.space.names, reader.ignored), reader.score_crop
     for (probabilities, image, depth), truth in frames:
         refined = probabilities.float() if crf is None else crf(probabilities.float(), image.float(), depth)
         labels, _ = decide(refined[0].numpy(), *truth.shape)
         scores.update(np.ascontiguousarray(labels[window]), np.ascontiguousarray(truth[window]))
-    return scores.compute()
+    return scores
+
+
+def show(title: str, scores: dict[int, SegmentationScore]) -> None:
+    print(f"\n| {title} | mIoU | pixel acc. | mean acc. |\n|---|---|---|---|")
+    for number, found in scores.items():
+        told, crf = found.compute(), SETTINGS[number]
+        numbers = " | ".join(f"{100 * told[k]:.1f}" for k in ("miou", "pixel_accuracy", "mean_accuracy"))
+        print(f"| {'no CRF' if crf is None else crf.describe()} | {numbers} |", flush=True)
 
 
 def main() -> None:
@@ -88,17 +95,13 @@ def main() -> None:
     reader = enfilade.open_dataset("nyuv2", args.root, "val")
     found = answers(args.model, reader)
     judge = [frame for i, frame in enumerate(found) if i % EVERY]
-    for title, frames, chosen in (
-        ("that choose", found[::EVERY], range(len(SETTINGS))),
-        ("that judge", judge, args.only),
-        ("together", found, args.only),
-    ):
-        print(f"\n| {len(frames)} frames {title} | mIoU | pixel acc. | mean acc. |\n|---|---|---|---|")
-        for number in chosen:
-            crf = SETTINGS[number]
-            told = score(crf, frames, reader)
-            numbers = " | ".join(f"{100 * told[k]:.1f}" for k in ("miou", "pixel_accuracy", "mean_accuracy"))
-            print(f"| {'no CRF' if crf is None else crf.describe()} | {numbers} |", flush=True)
+    chose = {number: score(crf, found[::EVERY], reader) for number, crf in enumerate(SETTINGS)}
+    show(f"{len(found) - len(judge)} frames that choose", chose)
+    judged = {number: score(SETTINGS[number], judge, reader) for number in args.only}
+    show(f"{len(judge)} frames that judge", judged)
+    for number, scores in judged.items():
+        scores.merge(chose[number])
+    show(f"{len(found)} frames together", judged)
 
 
 if __name__ == "__main__":

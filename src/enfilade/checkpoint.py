@@ -10,6 +10,7 @@ import json
 import os
 import struct
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,9 +117,7 @@ def save_model(path: Path, network: nn.Module, meta: dict[str, Any], half: bool 
     """Write weights (fp16 if `half`) and `meta`, which holds at least "model" and "arguments"."""
     tensors = {k: v.half() if half and v.is_floating_point() else v for k, v in network.state_dict().items()}
     # The encoder's own pretrained weights are inside: whoever loads this file does not need them.
-    if "weights" in meta["arguments"]:
-        meta = meta | {"arguments": meta["arguments"] | {"weights": None}}
-    write(path, tensors, meta)
+    write(path, tensors, meta | {"arguments": without_files(meta["arguments"])})
 
 
 def resolve(name: str | Path) -> Path:
@@ -204,7 +203,7 @@ def load(name: str | Path = DEFAULT, device: str | torch.device = "cpu") -> Load
         raise UserError(f"{path} is no model file: its header lacks 'model' and 'arguments' (is it a training state?)")
     _check(meta, path)
     # Whoever made the file chose its words: none of them may read another file, or ask for the machine's memory
-    arguments = meta["arguments"] | ({"weights": None} if "weights" in meta["arguments"] else {})
+    arguments = without_files(meta["arguments"])
     try:
         with _at_most(SPARE + 4 * sum(v.numel() for v in tensors.values()), path):
             network = build(meta["model"], arguments)
@@ -223,6 +222,11 @@ def load(name: str | Path = DEFAULT, device: str | torch.device = "cpu") -> Load
     except RuntimeError as error:  # of a type that cannot become the model's
         raise UserError(f"the weights in {path} do not fit their model ({_reason(error)}): make it anew") from error
     return Loaded(network.float().eval().to(device), meta)
+
+
+def without_files(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A constructor's arguments, but for the name of the file of pretrained weights that it would read."""
+    return {k: None if k == "weights" else v for k, v in arguments.items()}
 
 
 def leave_out_crf(network: nn.Module) -> None:

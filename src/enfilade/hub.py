@@ -225,7 +225,7 @@ def save(
     written = [folder / WEIGHTS, folder / "config.json", folder / "README.md"]
     meta = dict(meta) | ({"license": license} if license else {}) | ({"data": list(datasets)} if datasets else {})
     checkpoint.save_model(written[0], network, meta, half=half)
-    meta["arguments"] = meta["arguments"] | {"weights": None}  # as `save_model` has it
+    meta["arguments"] = checkpoint.without_files(meta["arguments"])  # as `save_model` has it
     parameters = sum(p.numel() for p in network.parameters())
     told = config(meta, parameters)
     images.write_atomic(written[1], (json.dumps(told, indent=1) + "\n").encode())

@@ -26,6 +26,13 @@ def cores() -> int:
         return count
 
 
+def completes(model: str | Path) -> bool:
+    """Whether a model file is of a network that completes rooms."""
+    from enfilade.checkpoint import COMPLETES, resolve
+
+    return header(resolve(model)).get("model") in COMPLETES
+
+
 def header(path: str | os.PathLike) -> dict[str, Any]:
     """What a model file says of itself, read without its weights. Raises UserError where it is no model file."""
     path = Path(path)

@@ -168,7 +168,6 @@ class Answering(Refining):
 
     def predictor(self, **more: Any):
         """`enfilade.load` with these options and `more`."""
-        chosen: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Answering) if f.name != "model"}
-        chosen["crf"] = self.refines()
-        del chosen["no_crf"]
-        return enfilade.load(self.model, **chosen, **more)
+        named = {"model", *(f.name for f in fields(Refining))}
+        chosen: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Answering) if f.name not in named}
+        return enfilade.load(self.model, crf=self.refines(), **chosen, **more)

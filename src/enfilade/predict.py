@@ -416,14 +416,14 @@ def load(
     loaded = checkpoint.load(model)
     options: dict[str, Any] = augmentation.options() | {"precision": precision}
     members = [load(other, device, **options, crf=False, guidance="truth") for other in also]
-    crf = loaded.meta.get("crf", False) if crf is None else crf
-    if crf:  # labels that were smoothed twice lose small things
-        for network in (loaded.network, *(member.network for member in members)):
-            checkpoint.leave_out_crf(network)
     options |= {"crf": crf, "also": members}
     if guidance == "predicted" and {"labels", "support"} & set(getattr(loaded.network, "uses", ())):
         options["guide"] = load(GUIDE, device, flip=flip, precision=precision)
-    return Predictor(loaded.network, loaded.meta, device=device, **options)
+    predictor = Predictor(loaded.network, loaded.meta, device=device, **options)
+    if predictor.crf is not None:  # labels that were smoothed twice lose small things
+        for one in (predictor, *members):
+            checkpoint.leave_out_crf(one.network)
+    return predictor
 
 
 _loaded = lru_cache(maxsize=1)(load)

@@ -297,11 +297,11 @@ def profile(
 
 def load_any(model: str | Path, device: str | torch.device | None, crf: bool | None) -> Any:
     """A predictor, or of a network that completes rooms, a completer."""
-    from enfilade import checkpoint, complete
-    from enfilade.info import header
+    from enfilade import complete
+    from enfilade.info import completes
     from enfilade.predict import load
 
-    if header(checkpoint.resolve(model)).get("model") in checkpoint.COMPLETES:
+    if completes(model):
         if crf:
             raise UserError("a CRF refines the labels of pixels, and this model completes rooms: leave it out")
         return complete.load(model, device)

@@ -1,7 +1,7 @@
 """The dense CRF after any network: sharper label maps from probabilities, the photo and, where it was measured, depth.
 
     enfilade.load("runs/mine", crf=True).predict("photo.jpg")    # after a model of ours; the default one has it on
-    enfilade refine --labels-prob p.npy --image photo.jpg --depth photo.depth.png        # after anyone's
+    enfilade refine --labels-prob p.npy --image photo.jpg --depth kinect.png             # after anyone's
 
 The kernels are those of Mousavian et al., Eq. (7): colour and place, estimated depth and place, place alone. Theirs are
 the learned C x C weights (`models.joint_crf`); here every class counts alike.

@@ -9,7 +9,7 @@ from tyro.conf import arg
 
 from enfilade.errors import UserError
 from enfilade.options import Count, Device, Flag, MaybeCount, Name, Precision, Refining, positive
-from enfilade.shipped import COMPLETION, DEFAULT, SHIPPED
+from enfilade.shipped import COMPLETION, DEFAULT
 
 NEEDED = ("fastapi", "uvicorn", "python_multipart")
 
@@ -94,4 +94,4 @@ class Serve(Refining):
             return None if self.completion == "none" else self.completion
         from enfilade.checkpoint import resolve
 
-        return COMPLETION if COMPLETION in SHIPPED and resolve(COMPLETION).is_file() else None
+        return COMPLETION if resolve(COMPLETION).is_file() else None

@@ -148,6 +148,7 @@ class Evaluate(Answering):
         positive("--limit", self.limit)
         from enfilade import report
         from enfilade.images import make_folder, write_atomic
+        from enfilade.info import completes
 
         if self.out is not None:
             make_folder(self.out)  # rather now than after an hour of scoring
@@ -220,14 +221,6 @@ class Evaluate(Answering):
             report.write_report(result, Path(self.out, "report.json"))
             write_atomic(Path(self.out, "report.txt"), table.encode())
         return 0
-
-
-def completes(model: str) -> bool:
-    """Whether a model file is of a network that completes rooms."""
-    from enfilade.checkpoint import COMPLETES, resolve
-    from enfilade.info import header
-
-    return header(resolve(model)).get("model") in COMPLETES
 
 
 @dataclass(frozen=True)

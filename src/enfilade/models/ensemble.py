@@ -35,8 +35,8 @@ class Ensemble(nn.Module):
         if len(members) < 2:
             raise UserError(f"an ensemble has two members or more, not {len(members)}")
         # A file's arguments may not name another file to read
-        arguments = [{k: None if k == "weights" else v for k, v in m["arguments"].items()} for m in members]
-        self.networks = nn.ModuleList(checkpoint.build(m["model"], a) for m, a in zip(members, arguments))
+        built = (checkpoint.build(m["model"], checkpoint.without_files(m["arguments"])) for m in members)
+        self.networks = nn.ModuleList(built)
         self.factors = [float(m.get("depth", 1.0)) for m in members]
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Output:
